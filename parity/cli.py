@@ -1,0 +1,262 @@
+"""The command `parity`: verbs on targets, recordings and environments. Plumbing only.
+
+Exit codes: 0 pass (or done), 1 fail, 2 usage error or could not judge, 3 inconclusive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from parity.errors import ParityError
+from parity.verdict import Outcome, worst
+
+EXIT_OF = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.INCONCLUSIVE: 3}
+EXIT_COULD_NOT_JUDGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a model's answer may hold what the terminal cannot show
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        code = int(options.run(options))
+        sys.stdout.flush()
+    except ParityError as error:
+        print(f"parity: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_COULD_NOT_JUDGE
+    except KeyboardInterrupt:
+        print(  # noqa: T201
+            "parity: interrupted; engines are ended, finished completions are kept and the next run resumes from them",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output went away; the interpreter must not try to write the rest at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_COULD_NOT_JUDGE
+    except OSError as error:
+        where = f"{error.filename!r}: " if error.filename else ""
+        print(f"parity: {where}{error.strerror or error}", file=sys.stderr)  # noqa: T201
+        return EXIT_COULD_NOT_JUDGE
+    return code
+
+
+def _as_interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="parity",
+        description="Decides whether an inference engine may be upgraded, rebuilt, quantized or replaced.",
+        epilog="exit codes: 0 pass, 1 fail, 2 usage error or could not judge, 3 inconclusive, 130 interrupted",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    record = verbs.add_parser("record", help="run a target's engines and keep what they answered")
+    record.add_argument("target", nargs="?", help="a target of suites/targets.toml (default: its 'default')")
+    _add_places(record)
+    record.add_argument("--fresh", action="store_true", help="record again even where an equal recording exists")
+    record.add_argument("--limit", type=int, metavar="N", help="only N prompts, evenly spread")
+    record.add_argument("-o", "--output", type=Path, help="the run's directory (default: under HOME/recordings)")
+    record.set_defaults(run=_record)
+
+    compare = verbs.add_parser("compare", help="judge two recordings; starts no engine")
+    compare.add_argument("reference", type=Path)
+    compare.add_argument("candidate", type=Path)
+    compare.add_argument("--noise", type=Path, help="the noise recording (default: the one beside the reference)")
+    compare.add_argument("--check", action="append", help="only this check; may be given more than once")
+    compare.set_defaults(run=_compare)
+
+    show = verbs.add_parser("show", help="what a recording holds")
+    show.add_argument("recording", type=Path)
+    show.add_argument("--prompt", metavar="ID", help="this prompt and its answer in full")
+    show.set_defaults(run=_show)
+
+    doctor = verbs.add_parser("doctor", help="what is installed, built, cached and missing")
+    _add_places(doctor)
+    doctor.set_defaults(run=_doctor)
+
+    env = verbs.add_parser("env", help="engine environments: list, build, remove")
+    actions = env.add_subparsers(metavar="ACTION", required=True)
+    for action, function, text in (
+        ("list", _env_list, "the locked environments and whether they are built"),
+        ("build", _env_build, "build environments (default: every one that a target names)"),
+        ("remove", _env_remove, "remove built environments, and those no lock file describes any more"),
+    ):
+        sub = actions.add_parser(action, help=text)
+        _add_places(sub)
+        if action != "list":
+            sub.add_argument("names", nargs="*", help="names of lock files without .txt")
+        sub.set_defaults(run=function)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suites", type=Path, default=Path("suites"), help="folder with targets.toml (default: suites)"
+    )
+    parser.add_argument("--home", type=Path, default=Path(".parity"), help="cache folder (default: .parity)")
+
+
+def _record(options: argparse.Namespace) -> int:
+    from parity import config, judge  # noqa: PLC0415  numpy and pyarrow load only where they are needed
+    from parity.display import Display  # noqa: PLC0415
+    from parity.record import Places, Recorder  # noqa: PLC0415
+
+    target = config.read_target(options.suites / "targets.toml", options.target)
+    if options.limit is not None:
+        target = config.limited_to(target, options.limit)
+    # A limited run lies apart, under the name that pytest gives it too.
+    name = target.name if options.limit is None else f"{target.name}-limit-{options.limit}"
+    directory = options.output or options.home / "recordings" / name
+    with Display() as display:
+        recorder = Recorder(
+            directory=directory,
+            places=Places.of(options.suites, options.home),
+            observer=display,
+            fresh=options.fresh,
+        )
+        evidence = judge.collect(target, recorder)
+    where = evidence.directories
+    _say(f"recorded: {where['reference']} and {where['candidate']}")
+    _say(f"judge them: parity compare {where['reference']} {where['candidate']}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from parity import judge  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    evidence = judge.pair(options.reference, options.candidate, noise=options.noise)
+    verdicts = [judge.judge(evidence, check) for check in options.check or judge.CHECKS]
+    outcome = worst([v.outcome for v in verdicts])
+    _say(f"{outcome.value}: {evidence.candidate.label} against {evidence.reference.label}")
+    _say(terminal.table(verdicts))
+    _say("")
+    for line in terminal.sides(evidence.reference, evidence.candidate):
+        _say(line)
+    for verdict in verdicts:
+        _say("")
+        _say(terminal.render(verdict))
+    return EXIT_OF[outcome]
+
+
+def _show(options: argparse.Namespace) -> int:
+    from parity import store  # noqa: PLC0415
+    from parity.errors import ConfigError  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    recording = store.read(options.recording)
+    if options.prompt is not None:
+        if options.prompt not in recording.by_id:
+            raise ConfigError(f"recording {str(options.recording)!r} has no prompt {options.prompt!r}")
+        completion = recording.by_id[options.prompt]
+        _say(completion.prompt_text or f"[{len(completion.prompt_token_ids)} prompt token ids]")
+        _say(f"--> {completion.text}")
+        _say(f"[{len(completion.token_ids)} tokens, {completion.finish_reason.value}]")
+        return 0
+    _say(terminal.describe(recording))
+    forced = f", scores the tokens of {recording.workload.forced_from[:12]}" if recording.workload.forced_from else ""
+    _say(f"workload {recording.workload.name}, digest {recording.workload.digest[:12]}{forced}")
+    _say(f"recording {recording.digest[:12]}, schema {recording.schema}, {len(recording.completions)} completions")
+    for group in ("identity", "context", "health"):
+        _say(f"{group}:")
+        for name, value in sorted(getattr(recording.fingerprint, group).items()):
+            _say(f"  {name}: {value}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from parity import config, environments, fingerprint  # noqa: PLC0415
+    from parity.record import Places  # noqa: PLC0415
+
+    places = Places.of(options.suites, options.home)
+    for name, value in fingerprint.machine().items():
+        _say(f"{name}: {value}")
+    _say("environments:")
+    for environment in environments.listing(locks=places.locks, root=places.environments):
+        _say(f"  {environment.name}: {'built' if environment.built else 'not built'}")
+    models = sorted(p.name for p in places.models.glob("*") if p.is_dir()) if places.models.is_dir() else []
+    _say(f"models: {', '.join(models) or 'none cached'}")
+    path = options.suites / "targets.toml"
+    for name in config.target_names(path):
+        target = config.read_target(path, name)
+        _say(f"target {name}: {target.description or target.policy.value}; {len(target.workload.requests)} prompts")
+    return 0
+
+
+def _env_list(options: argparse.Namespace) -> int:
+    from parity import environments  # noqa: PLC0415
+    from parity.record import Places  # noqa: PLC0415
+
+    places = Places.of(options.suites, options.home)
+    for environment in environments.listing(locks=places.locks, root=places.environments):
+        state = f"built in {environment.directory}" if environment.built else "not built"
+        _say(f"{environment.name}: {len(environment.packages)} packages, {state}")
+    for orphan in environments.orphans(locks=places.locks, root=places.environments):
+        _say(f"{orphan.name}: built from a lock file that has changed or gone; `parity env remove` removes it")
+    return 0
+
+
+def _env_build(options: argparse.Namespace) -> int:
+    from parity import environments  # noqa: PLC0415
+    from parity.display import Display  # noqa: PLC0415
+    from parity.record import Places  # noqa: PLC0415
+
+    places = Places.of(options.suites, options.home)
+    with Display() as display:
+        for name in options.names or _named_by_targets(options.suites):
+            environment = environments.find(name, locks=places.locks, root=places.environments)
+            what = f"environment {name}"
+            if not environment.built:
+                environment = environments.build(environment, report=display.steps(what))
+            display.note(f"{what}: {environment.python}")
+    return 0
+
+
+def _env_remove(options: argparse.Namespace) -> int:
+    import shutil  # noqa: PLC0415
+
+    from parity import environments  # noqa: PLC0415
+    from parity.record import Places  # noqa: PLC0415
+
+    places = Places.of(options.suites, options.home)
+    for name in options.names:
+        environment = environments.find(name, locks=places.locks, root=places.environments)
+        _say(f"{name}: {'removed' if environments.remove(environment) else 'was not built'}")
+    for orphan in environments.orphans(locks=places.locks, root=places.environments):
+        shutil.rmtree(orphan)
+        _say(f"{orphan.name}: removed")
+    return 0
+
+
+def _named_by_targets(suites: Path) -> list[str]:
+    from parity import config  # noqa: PLC0415
+
+    path = suites / "targets.toml"
+    names: dict[str, None] = {}
+    for target in (config.read_target(path, name) for name in config.target_names(path)):
+        for spec in (target.reference, target.candidate, *([target.noise.engine] if target.noise else [])):
+            if spec.environment is not None:
+                names[spec.environment] = None
+    return list(names)
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

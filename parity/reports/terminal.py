@@ -1,0 +1,110 @@
+"""Verdicts for a terminal: the answer first, then the evidence, then how to see it again."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+
+from parity.comparable import first_difference
+from parity.fingerprint import Difference
+from parity.recording import Recording
+from parity.verdict import Finding, Outcome, Verdict
+
+_WIDTH = 118
+_VALUE = 40
+# Kept on one line: a number and its unit, a name and its number, a short quotation with the spaces it begins with.
+_WHOLE = re.compile(r"""\d (?:%|nats\b|sigma\b)|\b(?:S|token|sigma) \d|(?<!\S)(['"]).{0,40}?\1(?!\w)""")
+_MARK = {Outcome.PASS: "pass", Outcome.FAIL: "FAIL", Outcome.INCONCLUSIVE: "inconclusive"}
+
+
+def render(verdict: Verdict) -> str:
+    """One verdict in full."""
+    lines = _wrapped(
+        f"{verdict.outcome.value}  {verdict.check}: {verdict.candidate} against {verdict.reference}", "", hang=4
+    )
+    lines += _wrapped(verdict.headline, "  ")
+    for cause in verdict.causes:
+        lines += _wrapped(f"probable cause: {cause}", "  ", hang=4)
+    for finding in verdict.findings:
+        lines += _finding(finding)
+    for warning in verdict.warnings:
+        lines += _wrapped(f"warning: {warning}", "  ", hang=4)
+    if verdict.changed:
+        lines.append("  differs between the two sides (reference -> candidate):")
+        for difference in verdict.changed:
+            lines += _wrapped(_difference(difference), "    ", hang=4)
+    return "\n".join(lines)
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """One row per check."""
+    rows = [(v.outcome.value, v.check, v.headline) for v in verdicts]
+    first = max((len(r[0]) for r in rows), default=0)
+    second = max((len(r[1]) for r in rows), default=0)
+    lines: list[str] = []
+    for outcome, check, headline in rows:
+        head = f"{outcome:<{first}}  {check:<{second}}  "
+        lines += _wrapped(headline, head) or [head.rstrip()]
+    return "\n".join(lines)
+
+
+def sides(reference: Recording, candidate: Recording) -> tuple[str, ...]:
+    """Who is compared, on what: lines for a header."""
+    prompts = len(candidate.completions)
+    tokens = sum(len(c.token_ids) for c in candidate.completions)
+    sampling = candidate.workload.sampling
+    return (
+        f"reference: {describe(reference)}",
+        f"candidate: {describe(candidate)}",
+        f"workload: {candidate.workload.name}, {prompts} prompt{'s' * (prompts != 1)}, {tokens} candidate "
+        f"token{'s' * (tokens != 1)}, at most {sampling.max_tokens} each, temperature {sampling.temperature:g}",
+    )
+
+
+def describe(recording: Recording) -> str:
+    """Engine, version, dtype, model, hardware and date, on one line."""
+    context, count = recording.fingerprint.context, recording.resumed
+    hardware = context.get("gpu.0.name") or f"{context.get('host.cpu', '?')} x{context.get('host.cores', '?')}"
+    resumed = f", {count} completion{'s' * (count != 1)} from an interrupted run" if count else ""
+    return f"{recording.label}, {recording.spec.model}, {hardware}, recorded {recording.created_at}{resumed}"
+
+
+def _finding(finding: Finding) -> list[str]:
+    lines = _wrapped(f"{_MARK[finding.outcome]}  {finding.metric}: {finding.sentence}", "  ", hang=8)
+    if finding.outcome is not Outcome.PASS:
+        lines += _wrapped(f"limit: {finding.limit}", "        ", hang=2)
+    for witness in finding.evidence:
+        lines += _wrapped(witness, "        - ", hang=0)
+    return lines
+
+
+def _difference(difference: Difference) -> str:
+    left, right = _texts(difference)
+    return f"{difference.name}: {left} -> {right}"
+
+
+def _texts(difference: Difference) -> tuple[str, str]:
+    """Both values; of long ones the part where they part, since their beginnings may be the same."""
+    left, right = ("none" if v is None else str(v) for v in (difference.reference, difference.candidate))
+    shared = first_difference(left, right)
+    return _short(left, shared), _short(right, shared)
+
+
+def _short(text: str, shared: int) -> str:
+    if len(text) <= _VALUE:
+        return text
+    start = max(0, shared - _VALUE // 4)
+    end = start + _VALUE // 2
+    return f"{'...' * (start > 0)}{text[start:end]}{'...' * (end < len(text))}"
+
+
+def _wrapped(text: str, indent: str, *, hang: int = 0) -> list[str]:
+    lines = textwrap.wrap(
+        _WHOLE.sub(lambda whole: whole.group().replace(" ", "\N{NO-BREAK SPACE}"), text),
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=" " * (len(indent) + hang),
+        break_on_hyphens=False,
+    )
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
