@@ -1,0 +1,3 @@
+"""The plugin's own tests need pytester; everything else lives in parity/plugin.py."""
+
+pytest_plugins = ["pytester"]
