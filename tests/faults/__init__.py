@@ -1,0 +1,1 @@
+"""Planted faults: a check or a runner is trusted only after it has caught these."""

@@ -1,0 +1,101 @@
+"""Wrong engines, for real: vLLM itself with one planted fault each must FAIL, for the right reason.
+
+The reference and the noise engine are the shipped `cpu` target's; only the candidate is spoilt. Each fault is one
+engine start on a few prompts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from faults import models as plant
+from parity import config, judge, models
+from parity.config import Target
+from parity.display import Display
+from parity.record import Places, Recorder
+from parity.verdict import Outcome, Verdict
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parent.parent
+HOME = ROOT / ".parity"
+PLACES = Places.of(ROOT / "suites", HOME)
+ENGINES = Path(__file__).parent / "faults" / "engines"
+TARGET = config.read_target(ROOT / "suites" / "targets.toml", "cpu")
+
+Judged = Callable[[str, Target, int], dict[str, Verdict]]
+
+
+@pytest.fixture
+def judged(capfd: pytest.CaptureFixture[str]) -> Judged:
+    """Record and judge a spoilt target on a number of its prompts."""
+
+    def run(name: str, target: Target, prompts: int) -> dict[str, Verdict]:
+        directory = HOME / "recordings" / f"fault-{name}"
+        with capfd.disabled(), Display(sys.stderr) as display:
+            recorder = Recorder(directory=directory, places=PLACES, observer=display)
+            evidence = judge.collect(config.limited_to(target, prompts), recorder)
+        return {check: judge.judge(evidence, check) for check in judge.CHECKS}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return models.provide(TARGET.candidate.model, cache=PLACES.models)
+
+
+def with_model(directory: Path) -> Target:
+    return replace(TARGET, candidate=replace(TARGET.candidate, model=str(directory)))
+
+
+def with_engine(file: str) -> Target:
+    return replace(TARGET, candidate=replace(TARGET.candidate, engine=str(ENGINES / file)))
+
+
+def test_rope_theta_1e4_for_1e5_fails_and_the_configuration_is_named(
+    judged: Judged, model: Path, tmp_path: Path
+) -> None:
+    verdicts = judged("rope-theta", with_model(plant.rope_theta(model, tmp_path / "model", value=10000.0)), 40)
+    assert verdicts["inputs"].outcome is Outcome.PASS
+    assert verdicts["greedy"].outcome is Outcome.FAIL
+    assert any("rope_theta is 100000.0 in the reference and 10000.0" in c for c in verdicts["greedy"].causes)
+
+
+def test_an_altered_chat_template_fails_inputs_and_nothing_else(judged: Judged, model: Path, tmp_path: Path) -> None:
+    """The reference's token ids are sent, so the numbers agree: the verdict separates template from numerics."""
+    spoilt = plant.chat_template_newline_missing(model, tmp_path / "model")
+    verdicts = judged("template", with_model(spoilt), 16)
+    assert verdicts["inputs"].outcome is Outcome.FAIL
+    assert verdicts["greedy"].outcome is not Outcome.FAIL
+    assert any("whitespace" in c or "chat template" in c for c in verdicts["inputs"].causes)
+
+
+def test_a_doubled_bos_fails_inputs_and_is_named(judged: Judged, model: Path, tmp_path: Path) -> None:
+    verdicts = judged("bos", with_model(plant.bos_doubled(model, tmp_path / "model")), 8)
+    assert verdicts["inputs"].outcome is Outcome.FAIL
+    assert "BOS doubled by the candidate" in verdicts["inputs"].causes[0]
+
+
+def test_one_attention_head_zeroed_fails_and_the_weights_are_named(judged: Judged, model: Path, tmp_path: Path) -> None:
+    verdicts = judged("head", with_model(plant.head_zeroed(model, tmp_path / "model", layer=15, head=3)), 40)
+    assert verdicts["inputs"].outcome is Outcome.PASS
+    assert verdicts["greedy"].outcome is Outcome.FAIL
+    assert any("the weights are not the same" in c for c in verdicts["greedy"].causes)
+
+
+def test_max_tokens_one_short_fails_and_says_exactly_that(judged: Judged) -> None:
+    verdicts = judged("max-tokens", with_engine("vllm_max_tokens_short.py"), 16)
+    assert verdicts["greedy"].outcome is Outcome.FAIL
+    assert "1 token too short (63 for max_tokens 64)" in verdicts["greedy"].causes[0]
+
+
+def test_temperature_where_greedy_was_asked_fails_and_says_it_samples(judged: Judged) -> None:
+    verdicts = judged("temperature", with_engine("vllm_temperature.py"), 16)
+    assert verdicts["greedy"].outcome is Outcome.FAIL
+    assert "samples where greedy decoding was asked" in verdicts["greedy"].causes[0]

@@ -1,0 +1,108 @@
+"""The decision rules as numbers, against scipy and against values worked out elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats  # type: ignore[import-untyped]
+
+from parity.stats import binomial_tail, critical_count, detectable_share, poisson_tail
+
+ALPHA, RATE = 0.002, 0.0025  # of the greedy check
+SHARES = st.floats(0.0, 1.0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-9, 0.01, 0.08, 0.32, 1.0, 5.0, 30.0, 100.0])
+def test_poisson_tail_is_scipys(mean: float) -> None:
+    """Relative, so that a tail of 1e-200 is as good as one of a half: subtracting from 1 would leave nothing of it."""
+    for k in (0, 1, 2, 3, 5, 10, 30, 100, 200):
+        assert poisson_tail(mean, k) == pytest.approx(stats.poisson.sf(k - 1, mean), rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.parametrize(
+    ("mean", "at_least"), [(745.0, 700), (800.0, 801), (800.0, 1500), (5000.0, 5000), (1e5, 101000)]
+)
+def test_poisson_tail_of_a_large_mean(mean: float, at_least: int) -> None:
+    """exp(-800) is 0 in floating point; the tail is not."""
+    assert poisson_tail(mean, at_least) == pytest.approx(stats.poisson.sf(at_least - 1, mean), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 128, 1000])
+@pytest.mark.parametrize("p", [0.0, 1e-12, RATE, 0.1, 0.5, 0.9, 1.0 - 1e-9, 1.0])
+def test_binomial_tail_is_scipys(n: int, p: float) -> None:
+    for k in (-1, 0, 1, 2, 4, 10, 64, 128, 500, 1000, 1001):
+        assert binomial_tail(n, p, k) == pytest.approx(stats.binom.sf(k - 1, n, p), rel=2e-12, abs=1e-300)
+
+
+def test_binomial_tail_of_many_units() -> None:
+    """C(100000, 50000) is no floating-point number; the probability is."""
+    for p, at_least in ((0.5, 50_000), (0.0025, 300), (0.9, 90_500)):
+        assert binomial_tail(100_000, p, at_least) == pytest.approx(stats.binom.sf(at_least - 1, 100_000, p), rel=1e-9)
+
+
+def test_tails_by_hand() -> None:
+    """P(Poisson(1) >= 2) = 1 - 2/e. Three coins: P(>= 2 heads) = 4/8."""
+    assert poisson_tail(1.0, 2) == pytest.approx(1 - 2 / math.e, rel=1e-14)
+    assert binomial_tail(3, 0.5, 2) == pytest.approx(0.5, rel=1e-14)
+
+
+@given(mean=st.floats(0.0, 300.0), at_least=st.integers(-3, 600))
+def test_poisson_tail_anywhere(mean: float, at_least: int) -> None:
+    tail = poisson_tail(mean, at_least)
+    assert 0.0 <= tail <= 1.0
+    assert tail == pytest.approx(stats.poisson.sf(at_least - 1, mean), rel=2e-12, abs=1e-290)
+    assert poisson_tail(mean, at_least + 1) <= tail
+
+
+@given(n=st.integers(0, 300), p=SHARES, at_least=st.integers(-3, 310))
+def test_binomial_tail_anywhere(n: int, p: float, at_least: int) -> None:
+    tail = binomial_tail(n, p, at_least)
+    assert 0.0 <= tail <= 1.0
+    assert tail == pytest.approx(stats.binom.sf(at_least - 1, n, p), rel=1e-11, abs=1e-290)
+    assert binomial_tail(n, p, at_least + 1) <= tail + 1e-15
+
+
+@pytest.mark.parametrize(("n", "count"), [(32, 3), (48, 3), (97, 3), (98, 4), (100, 4), (128, 4), (134, 4)])
+def test_critical_counts_of_the_greedy_rule(n: int, count: int) -> None:
+    """Source: the rule's definition, P(Poisson(0.0025 N) >= c) <= 0.002."""
+    assert critical_count(rate=RATE, n=n, alpha=ALPHA) == count
+
+
+@given(rate=st.floats(0.0, 1.0), n=st.integers(0, 2000), alpha=st.floats(1e-12, 1.0))
+def test_the_critical_count_is_the_smallest(rate: float, n: int, alpha: float) -> None:
+    count = critical_count(rate=rate, n=n, alpha=alpha)
+    assert count >= 1
+    assert poisson_tail(rate * n, count) <= alpha
+    assert count == 1 or poisson_tail(rate * n, count - 1) > alpha
+
+
+def test_the_critical_count_of_a_million_is_found_at_once() -> None:
+    count = critical_count(rate=RATE, n=1_000_000, alpha=ALPHA)
+    assert stats.poisson.sf(count - 1, 2500) <= ALPHA < stats.poisson.sf(count - 2, 2500)
+
+
+def test_no_count_satisfies_a_negative_alpha() -> None:
+    with pytest.raises(ValueError, match="alpha is a probability"):
+        critical_count(rate=RATE, n=32, alpha=-0.1)
+    assert poisson_tail(0.08, critical_count(rate=RATE, n=32, alpha=0.0)) == 0.0
+
+
+@given(n=st.integers(1, 300), power=st.floats(0.01, 0.99), data=st.data())
+def test_the_detectable_share_inverts_the_binomial_tail(n: int, power: float, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, n))
+    share = detectable_share(n=n, count=count, power=power)
+    assert 0.0 < share <= 1.0
+    assert binomial_tail(n, share, count) == pytest.approx(power, abs=1e-9)
+    assert stats.binom.sf(count - 1, n, share) == pytest.approx(power, abs=1e-9)
+    assert detectable_share(n=n + 1, count=count, power=power) < share
+    assert detectable_share(n=n, count=count + 1, power=power) > share or count == n
+
+
+def test_detectable_shares_by_hand() -> None:
+    """One of one with power 0.9: a share of 0.9. One of two: 1 - (1 - x)^2 = 0.9. Three of two: never."""
+    assert detectable_share(n=1, count=1, power=0.9) == pytest.approx(0.9)
+    assert detectable_share(n=2, count=1, power=0.9) == pytest.approx(1 - math.sqrt(0.1))
+    assert detectable_share(n=2, count=3, power=0.9) == 1.0
