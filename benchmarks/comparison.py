@@ -6,18 +6,21 @@ memory is its own. `comparison.py PROMPTS` takes another size.
 
 from __future__ import annotations
 
+import json
+import math
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from parity import judge, store
+from parity import judge, lockstep, store
 from parity.engines import EngineSpec
 from parity.fingerprint import Fingerprint
 from parity.prompts import SamplingParams
@@ -38,9 +41,10 @@ def synthetic(prompts: int, *, swapped: bool) -> list[Completion]:
     completions = []
     for index in range(prompts):
         ids = random.integers(1000, 49000, size=(TOKENS, 1)) + np.arange(K)
-        top = -np.sort(random.gamma(2.0, 1.5, size=(TOKENS, K)).astype(np.float32), axis=1)
+        top = -np.sort(random.gamma(4.0, 2.5, size=(TOKENS, K)).astype(np.float32), axis=1)
         diverges, position = random.random() < 0.7, int(random.integers(TOKENS))
         top[position, 1] = top[position, 0] - 0.03
+        top -= np.log(np.exp(top).sum(axis=1, keepdims=True) / 0.95)  # 5 % lies outside the top 20
         if swapped and diverges:
             ids[position, [0, 1]] = ids[position, [1, 0]]
         completions.append(
@@ -66,28 +70,62 @@ def synthetic(prompts: int, *, swapped: bool) -> list[Completion]:
     return completions
 
 
+def rescored(directory: Path, *, seed: int) -> list[Completion]:
+    """The reference's tokens, scored with a little rounding noise."""
+    random = np.random.default_rng(seed)
+    found = []
+    for completion in store.read(directory / "reference").completions:
+        assert completion.logprobs is not None
+        top = np.frombuffer(completion.logprobs.top, np.float32).reshape(TOKENS, K)
+        noisy = top + random.normal(0.0, 0.05, top.shape)
+        noisy -= np.log(np.exp(noisy).sum(axis=1, keepdims=True) / 0.95)
+        order = np.argsort(-noisy, axis=1)
+        ids = np.frombuffer(completion.logprobs.top_token_ids, np.int32).reshape(TOKENS, K)
+        logprobs = TokenLogprobs(
+            k=K,
+            chosen=_view(noisy[:, 0], np.float32),
+            top_token_ids=_view(np.take_along_axis(ids, order, axis=1), np.int32),
+            top=_view(np.take_along_axis(noisy, order, axis=1), np.float32),
+        )
+        found.append(replace(completion, logprobs=logprobs))
+    return found
+
+
+def write_scores(directory: Path, role: str) -> None:
+    """What a run of a target holds beside the two sides' own answers."""
+    source = store.read_header(directory / "reference")["digest"]
+    seeds = {"noise": 1, "candidate-scores": 2}
+    _save(directory / role, rescored(directory, seed=seeds[role]), forced_from=source)
+    run = {"recordings": ["reference", "candidate", *seeds], "policy": "equivalence", "limits": {}}
+    (directory / "run.json").write_text(json.dumps(run))
+
+
 def write(directory: Path, prompts: int, *, swapped: bool) -> None:
     completions = synthetic(prompts, swapped=swapped)
+    began = time.perf_counter()
+    _save(directory, completions, forced_from=None)
+    report("write one", prompts, time.perf_counter() - began)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    print(f"  at rest {size / 2**20:.0f} MiB, {size / prompts / TOKENS:.0f} bytes per token")
+
+
+def _save(directory: Path, completions: list[Completion], *, forced_from: str | None) -> None:
     workload = WorkloadRecord(
         name="synthetic",
         digest="0" * 64,
-        forced_from=None,
+        forced_from=forced_from,
         sampling=SamplingParams.greedy(max_tokens=TOKENS, logprobs=K),
         request_ids=tuple(c.id for c in completions),
     )
     header = store.make_header(
-        spec=SPEC,
+        spec=replace(SPEC, dtype="float32" if directory.name == "reference" else "bfloat16"),
         workload=workload,
         fingerprint=Fingerprint(identity={}, context={}, health={}, packages={}),
         created_at="2026-01-01T00:00:00Z",
         resumed=0,
         key="",
     )
-    began = time.perf_counter()
     store.write(directory, header=header, completions=completions)
-    report("write one", prompts, time.perf_counter() - began)
-    size = sum(path.stat().st_size for path in directory.iterdir())
-    print(f"  at rest {size / 2**20:.0f} MiB, {size / prompts / TOKENS:.0f} bytes per token")
 
 
 def read(directory: Path, prompts: int) -> None:
@@ -100,11 +138,39 @@ def compare(directory: Path, prompts: int) -> None:
     began = time.perf_counter()
     evidence = judge.pair(directory / "reference", directory / "candidate", noise=None)
     middle = time.perf_counter()
-    verdicts = [judge.judge(evidence, check) for check in judge.CHECKS]
+    verdicts = [judge.judge(evidence, check) for check in evidence.checks]
     judged = time.perf_counter() - middle
-    report("judge both checks", prompts, judged)
-    report("read both and judge", prompts, time.perf_counter() - began)
-    print(f"  {[v.outcome.value for v in verdicts]}: {verdicts[1].headline}")
+    report(f"judge {len(verdicts)} checks", prompts, judged)
+    report("read and judge", prompts, time.perf_counter() - began)
+    for verdict in verdicts:
+        print(f"  {verdict.outcome.value} {verdict.check}: {verdict.headline}")
+    ours, seconds = _steps_per_second(evidence)
+    plain = _plain_steps_per_second(evidence, seconds)
+    print(f"comparing scores of the same tokens: {ours / plain:.0f} times a plain-Python walk of the same positions")
+
+
+def _steps_per_second(evidence: judge.Evidence) -> tuple[float, float]:
+    began = time.perf_counter()
+    steps = lockstep.measure(evidence.reference, evidence.recordings["candidate-scores"])
+    seconds = time.perf_counter() - began
+    return len(steps) / seconds, seconds
+
+
+def _plain_steps_per_second(evidence: judge.Evidence, seconds: float) -> float:
+    """The peers' kind of loop: dictionaries of the top tokens, position by position, for about as long."""
+    began, positions = time.perf_counter(), 0
+    for ours in evidence.reference.completions:
+        theirs = evidence.recordings["candidate-scores"].by_id[ours.id]
+        assert ours.logprobs is not None
+        assert theirs.logprobs is not None
+        for position in range(len(ours.token_ids)):
+            p, q = dict(ours.logprobs.row(position)), dict(theirs.logprobs.row(position))
+            shared = [i for i in p if i in q]
+            sum(math.exp(p[i]) * (p[i] - q[i]) for i in shared)
+            positions += 1
+        if time.perf_counter() - began > seconds:
+            break
+    return positions / (time.perf_counter() - began)
 
 
 def report(what: str, prompts: int, seconds: float) -> None:
@@ -119,6 +185,8 @@ def main() -> None:
         steps = {
             "write-reference": lambda: write(Path(place) / "reference", int(prompts), swapped=False),
             "write-candidate": lambda: write(Path(place) / "candidate", int(prompts), swapped=True),
+            "write-noise": lambda: write_scores(Path(place), "noise"),
+            "write-candidate-scores": lambda: write_scores(Path(place), "candidate-scores"),
             "read": lambda: read(Path(place), int(prompts)),
             "compare": lambda: compare(Path(place), int(prompts)),
         }
@@ -127,7 +195,8 @@ def main() -> None:
     prompts_wanted = sys.argv[1] if len(sys.argv) > 1 else "10000"
     scratch = Path(tempfile.mkdtemp(prefix="parity-bench-"))
     try:
-        for step in ("write-reference", "write-candidate", "read", "compare", "compare", "compare"):
+        steps_of_all = ("write-reference", "write-candidate", "write-noise", "write-candidate-scores", "read")
+        for step in (*steps_of_all, "compare", "compare", "compare"):
             subprocess.run([sys.executable, __file__, step, str(scratch), prompts_wanted], check=True)
     finally:
         shutil.rmtree(scratch)

@@ -79,6 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--check", action="append", help="only this check; may be given more than once")
     compare.set_defaults(run=_compare)
 
+    sensitivity = verbs.add_parser(
+        "sensitivity", help="seeded faults through a target's candidate: what its gate notices and what it misses"
+    )
+    sensitivity.add_argument("target", nargs="?", help="a target of suites/targets.toml (default: its 'default')")
+    _add_places(sensitivity)
+    sensitivity.add_argument("--case", action="append", help="only this case; may be given more than once")
+    sensitivity.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts to draw from (default: 96)")
+    sensitivity.set_defaults(run=_sensitivity)
+
     show = verbs.add_parser("show", help="what a recording holds")
     show.add_argument("recording", type=Path)
     show.add_argument("--prompt", metavar="ID", help="this prompt and its answer in full")
@@ -140,7 +149,7 @@ def _compare(options: argparse.Namespace) -> int:
     from parity.reports import terminal  # noqa: PLC0415
 
     evidence = judge.pair(options.reference, options.candidate, noise=options.noise)
-    verdicts = [judge.judge(evidence, check) for check in options.check or judge.CHECKS]
+    verdicts = [judge.judge(evidence, check) for check in options.check or evidence.checks]
     outcome = worst([v.outcome for v in verdicts])
     _say(f"{outcome.value}: {evidence.candidate.label} against {evidence.reference.label}")
     _say(terminal.table(verdicts))
@@ -151,6 +160,25 @@ def _compare(options: argparse.Namespace) -> int:
         _say("")
         _say(terminal.render(verdict))
     return EXIT_OF[outcome]
+
+
+def _sensitivity(options: argparse.Namespace) -> int:
+    from parity import config  # noqa: PLC0415
+    from parity.display import Display  # noqa: PLC0415
+    from parity.record import Places  # noqa: PLC0415
+    from parity.sensitivity import bench  # noqa: PLC0415
+
+    target = config.read_target(options.suites / "targets.toml", options.target)
+    with Display() as display:
+        found = bench.Bench(
+            target=target,
+            directory=options.home / "sensitivity" / target.name,
+            places=Places.of(options.suites, options.home),
+            observer=display,
+            prompts=options.prompts,
+        ).run(options.case)
+    _say(bench.table(found))
+    return 0
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -248,7 +276,7 @@ def _named_by_targets(suites: Path) -> list[str]:
     path = suites / "targets.toml"
     names: dict[str, None] = {}
     for target in (config.read_target(path, name) for name in config.target_names(path)):
-        for spec in (target.reference, target.candidate, *([target.noise.engine] if target.noise else [])):
+        for spec in (target.reference, target.candidate, *([target.noise] if target.noise else [])):
             if spec.environment is not None:
                 names[spec.environment] = None
     return list(names)

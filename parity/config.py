@@ -10,7 +10,6 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ from parity import checks
 from parity.engines import EngineSpec
 from parity.errors import ConfigError
 from parity.prompts import Prompt, Request, SamplingParams, Workload, prompt_from_json
+from parity.verdict import Policy
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 _ENGINE_KEYS = ("engine", "model", "dtype", "quantization", "environment", "python", "launcher", "url", "threads",
                 "options", "env")  # fmt: skip
-_TARGET_KEYS = ("description", "policy", "model", "workload", "reference", "candidate", "noise", "limits")
-_WORKLOAD_KEYS = ("prompts", "max_tokens", "logprobs")
+_TARGET_KEYS = ("description", "policy", "model", "workload", "lockstep_prompts", "lockstep_prompts_max", "reference",
+                "candidate", "noise", "logic", "sampling", "limits")  # fmt: skip
+_WORKLOAD_KEYS = ("prompts", "max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p")
 _WANTED = {
     int: "a whole number of at least 1",
     str: "a string",
@@ -35,40 +36,36 @@ _WANTED = {
 }
 
 
-class Policy(str, Enum):
-    """How much the candidate may differ.
-
-    IDENTITY: same weights, same numerics (a rebuild, a flag). EQUIVALENCE: another engine or version at the same
-    precision. QUANTIZED: a budgeted loss.
-    """
-
-    IDENTITY = "identity"
-    EQUIVALENCE = "equivalence"
-    QUANTIZED = "quantized"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseSpec:
-    """The engine that measures rounding noise: it scores the reference's tokens in another precision.
+class Lockstep:
+    """How many of the workload's prompts, evenly spread, are scored by the noise engine and by both sides.
 
-    prompts: how many of the workload's prompts it scores, evenly spread.
+    prompts: at first. most: doubled up to this while the verdict is inconclusive.
     """
 
-    engine: EngineSpec
     prompts: int
+    most: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is judged: a candidate engine, against a reference engine, on a workload, by limits."""
+    """What is judged: a candidate engine, against a reference engine, on a workload, by limits.
+
+    noise: the engine that measures rounding noise: it scores the reference's tokens in another precision.
+    logic: prompts that both engines answer once more in float32; None where the target does not ask for it.
+    sampling: prompts that both engines answer by sampling, each audited by its own log-probabilities; or None.
+    """
 
     name: str
     description: str
     policy: Policy
     reference: EngineSpec
     candidate: EngineSpec
-    noise: NoiseSpec | None
+    noise: EngineSpec | None
     workload: Workload
+    lockstep: Lockstep
+    logic: Workload | None
+    sampling: Workload | None
     limits: Mapping[str, Mapping[str, Any]]
 
 
@@ -102,8 +99,11 @@ def limited_to(target: Target, prompts: int) -> Target:
     """
     if prompts < 1:
         raise ConfigError(f"the limit must be a whole number of at least 1, not {prompts}")
-    chosen = spread(target.workload.requests, prompts)
-    return replace(target, workload=Workload(name=target.workload.name, requests=chosen))
+
+    def some(workload: Workload) -> Workload:
+        return Workload(name=workload.name, requests=spread(workload.requests, prompts))
+
+    return replace(target, workload=some(target.workload), logic=None if target.logic is None else some(target.logic))
 
 
 def spread(items: Sequence[Request], count: int) -> tuple[Request, ...]:
@@ -119,9 +119,7 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
     for key in ("model", "workload", "reference", "candidate"):
         if key not in table:
             raise ConfigError(f"{where} lacks the key {key!r}")
-    workload = _typed(table, "workload", str, where, default="")
-    if workload not in workloads:
-        raise ConfigError(_unknown("workload", workload, list(workloads), where))
+    asked = _named_workload(table, where, workloads, path)
     try:
         policy = Policy(table.get("policy", "equivalence"))
     except ValueError:
@@ -129,6 +127,7 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         raise ConfigError(_unknown("policy", str(table["policy"]), valid, where)) from None
     model = _typed(table, "model", str, where, default="")
     noise = table.get("noise")
+    prompts = _typed(table, "lockstep_prompts", int, where, default=48)
     limits = _typed(table, "limits", dict, where, default={})
     _known(limits, checks.names(), f"{where} limits")
     for check in limits:
@@ -139,17 +138,28 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         policy=policy,
         reference=_engine(table["reference"], model, f"{where} reference", path),
         candidate=_engine(table["candidate"], model, f"{where} candidate", path),
-        noise=None if noise is None else _noise(noise, model, f"{where} noise", path),
-        workload=_workload(workload, workloads[workload], path),
+        noise=None if noise is None else _engine(noise, model, f"{where} noise", path),
+        workload=asked,
+        lockstep=Lockstep(prompts=prompts, most=_typed(table, "lockstep_prompts_max", int, where, default=4 * prompts)),
+        logic=_extra(table, "logic", where, workloads, path),
+        sampling=_extra(table, "sampling", where, workloads, path),
         limits=limits,
     )
 
 
-def _noise(table: Mapping[str, Any], model: str, where: str, path: Path) -> NoiseSpec:
-    _known(table, (*_ENGINE_KEYS, "prompts"), where)
-    rest = {key: value for key, value in table.items() if key != "prompts"}
-    prompts = _typed(table, "prompts", int, where, default=64)
-    return NoiseSpec(engine=_engine(rest, model, where, path), prompts=prompts)
+def _extra(table: Mapping[str, Any], key: str, where: str, workloads: Mapping[str, Any], path: Path) -> Workload | None:
+    """A further workload of a target, as `{ workload = NAME }`; None where the key is absent."""
+    if key not in table:
+        return None
+    _known(table[key], ("workload",), f"{where} {key}")
+    return _named_workload(table[key], f"{where} {key}", workloads, path)
+
+
+def _named_workload(table: Mapping[str, Any], where: str, workloads: Mapping[str, Any], path: Path) -> Workload:
+    name = _typed(table, "workload", str, where, default="")
+    if name not in workloads:
+        raise ConfigError(_unknown("workload", name, list(workloads), where))
+    return _workload(name, workloads[name], path)
 
 
 def _engine(table: Mapping[str, Any], model: str, where: str, path: Path) -> EngineSpec:
@@ -198,15 +208,29 @@ def _model(reference: str, path: Path) -> str:
 def _workload(name: str, table: Mapping[str, Any], path: Path) -> Workload:
     where = f"{path} [workloads.{name}]"
     _known(table, _WORKLOAD_KEYS, where)
-    sampling = SamplingParams.greedy(
+    greedy = SamplingParams.greedy(
         max_tokens=_typed(table, "max_tokens", int, where, default=64),
         logprobs=_typed(table, "logprobs", int, where, default=20),
+    )
+    sampling = replace(
+        greedy,
+        temperature=_number(table, "temperature", where, default=0.0, most=10.0),
+        top_p=_number(table, "top_p", where, default=1.0, most=1.0),
+        top_k=_typed(table, "top_k", int, where, default=0),
+        min_p=_number(table, "min_p", where, default=0.0, most=1.0),
     )
     prompts = [p for f in _typed(table, "prompts", list, where, default=[]) for p in read_prompts(path.parent / f)]
     if not prompts:
         raise ConfigError(f"{where} has no prompts; list at least one prompt file under 'prompts'")
     try:
-        return Workload(name=name, requests=tuple(Request(prompt=p, sampling=sampling) for p in prompts))
+        return Workload(
+            name=name,
+            # One seed for all would make the draws of all prompts depend on each other.
+            requests=tuple(
+                Request(prompt=p, sampling=sampling if sampling.is_greedy else replace(sampling, seed=number))
+                for number, p in enumerate(prompts)
+            ),
+        )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -255,6 +279,13 @@ def _typed(table: Mapping[str, Any], key: str, kind: type, where: str, *, defaul
     if not right:
         raise ConfigError(f"{where}: {key!r} must be {_WANTED[kind]}, not {value!r}")
     return value
+
+
+def _number(table: Mapping[str, Any], key: str, where: str, *, default: float, most: float) -> float:
+    value = table.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= most:
+        raise ConfigError(f"{where}: {key!r} must be a number from 0 to {most:g}, not {value!r}")
+    return float(value)
 
 
 def _known(table: Mapping[str, Any], valid: Sequence[str], where: str) -> None:

@@ -17,7 +17,7 @@ from enum import Enum
 
 import numpy as np
 
-from parity.noise import arrays
+from parity.lockstep import arrays
 from parity.recording import Completion, FinishReason, Recording, TokenLogprobs
 
 

@@ -9,65 +9,158 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from parity import checks, store
 from parity import noise as noise_
 from parity.config import Target, spread
-from parity.errors import ConfigError, RecordingError
+from parity.errors import ConfigError, IncomparableError, RecordingError
 from parity.noise import Noise
+from parity.prompts import Workload
 from parity.record import Recorder
 from parity.recording import Recording
-from parity.verdict import Verdict
+from parity.verdict import Outcome, Policy, Verdict
 
-CHECKS = ("inputs", "greedy")
+CHECKS = ("inputs", "shape", "greedy", "lockstep", "decode", "logic", "sampling")
 RUN = "run.json"
+_SIDES = ("reference", "candidate")
+_SCORES_OF = {"noise": "reference", "candidate-scores": "reference", "reference-scores": "candidate"}
+"""Recordings of scores, and whose tokens they score."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The recordings of one run, and the limits they are judged by.
+    """The recordings of one run by role, and what they are judged by.
 
+    Roles: `reference` and `candidate` decode freely; `noise`, `candidate-scores` and `reference-scores` are scores of
+    the other's tokens; `logic-reference` and `logic-candidate` are the two engines in float32, `sampled-reference` and
+    `sampled-candidate` their sampled answers.
     directories: where each recording lies, by role, for the commands that reproduce a verdict.
     """
 
-    reference: Recording
-    candidate: Recording
-    noise: Recording | None
+    recordings: Mapping[str, Recording]
+    policy: Policy
     limits: Mapping[str, Mapping[str, Any]]
     directories: Mapping[str, Path]
 
+    @property
+    def reference(self) -> Recording:
+        """The reference's own answers."""
+        return self.recordings["reference"]
+
+    @property
+    def candidate(self) -> Recording:
+        """The candidate's own answers."""
+        return self.recordings["candidate"]
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """What rounding does, from the noise engine's scores; None where there are none."""
+        scores = self.recordings.get("noise")
+        if scores is None:
+            return None
+        return noise_.measure(self.reference, scores, candidate_dtype=noise_.dtype_of(self.candidate))
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """The checks that this evidence suffices for."""
+        return tuple(name for name in CHECKS if missing(self, name) is None)
+
+
+def roles_of(check: str) -> tuple[str, str]:
+    """The two recordings a check looks at."""
+    roles: tuple[str, str] = getattr(checks.load(check), "ROLES", _SIDES)
+    return roles
+
+
+def missing(evidence: Evidence, check: str) -> str | None:
+    """The role that a check looks at and this evidence lacks; None if all are there.
+
+    Raises:
+        ConfigError: If there is no such check.
+    """
+    return next((role for role in roles_of(check) if role not in evidence.recordings), None)
+
 
 def collect(target: Target, recorder: Recorder) -> Evidence:
-    """Record a target's engines, one after the other, each started at most once.
+    """Record a target's engines, one after the other.
 
-    The reference's tokenizer decides the prompt token ids; everybody else is sent those. The noise engine scores the
-    reference's tokens on an even share of the prompts.
+    The reference's tokenizer decides the prompt token ids; everybody else is sent those. Then the noise engine and the
+    candidate score the reference's tokens, and the reference scores the candidate's, on an even share of the prompts,
+    which is doubled while the lock-step verdict is inconclusive.
     """
     # A wrong limit must not wait until hours of recording are over.
     for check, table in target.limits.items():
-        _limits(checks.load(check).Limits, check, table)
-    reference = recorder.record(target.reference, {"reference": target.workload})["reference"]
+        _limits(checks.load(check).Limits, check, table, target.policy)
+    jobs = {"reference": target.workload}
+    if target.logic is not None and target.reference.dtype == "float32":
+        jobs["logic-reference"] = target.logic
+    if target.sampling is not None:
+        jobs["sampled-reference"] = target.sampling
+    found = recorder.record(target.reference, jobs)
+    reference = found["reference"]
     workload = target.workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in reference.completions})
-    noise = None
-    if target.noise is not None:
-        share = {r.id for r in spread(workload.requests, target.noise.prompts)}
-        tokens = {c.id: c.token_ids for c in reference.completions if c.id in share}
-        forced = workload.forced(tokens_of=tokens, forced_from=reference.digest)
-        noise = recorder.record(target.noise.engine, {"noise": forced})["noise"]
-    candidate = recorder.record(target.candidate, {"candidate": workload})["candidate"]
-    roles = ("reference", "candidate") + (("noise",) if noise is not None else ())
-    run = {"target": target.name, "policy": target.policy.value, "limits": target.limits, "recordings": roles}
+    sampled = {}
+    if target.sampling is not None:
+        ids = {c.id: c.prompt_token_ids for c in found["sampled-reference"].completions}
+        sampled["sampled-candidate"] = target.sampling.with_prompt_token_ids(ids)
+    prompts = target.lockstep.prompts
+    while True:
+        scored = _forced(workload, reference, prompts)
+        if target.noise is not None:
+            found |= recorder.record(target.noise, {"noise": scored})
+        found |= recorder.record(target.candidate, {"candidate": workload, "candidate-scores": scored, **sampled})
+        evidence = _sealed(target, recorder, found)
+        more = min(2 * prompts, target.lockstep.most, len(workload.requests))
+        if more <= prompts or judge(evidence, "lockstep").outcome is not Outcome.INCONCLUSIVE:
+            break
+        recorder.observer.note(f"lock step is inconclusive on {prompts} prompts; scoring {more}")
+        prompts = more
+    answers = _forced(workload, found["candidate"], prompts)
+    if answers.requests:
+        found |= recorder.record(target.reference, {"reference-scores": answers})
+    if target.logic is not None:
+        found |= _logic(target, target.logic, recorder, found)
+    return _sealed(target, recorder, found)
+
+
+def _forced(workload: Workload, answers: Recording, prompts: int) -> Workload:
+    """The teacher-forced twin of an even share of the workload, with the tokens of these answers."""
+    share = {r.id for r in spread(workload.requests, prompts)}
+    tokens = {c.id: c.token_ids for c in answers.completions if c.id in share}
+    return workload.forced(tokens_of=tokens, forced_from=answers.digest)
+
+
+def _logic(
+    target: Target, workload: Workload, recorder: Recorder, found: Mapping[str, Recording]
+) -> dict[str, Recording]:
+    """Both engines in float32: the reference answers, the candidate scores its tokens."""
+    spec = replace(target.reference, dtype="float32")
+    ours = found.get("logic-reference") or recorder.record(spec, {"logic-reference": workload})["logic-reference"]
+    sent = workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in ours.completions})
+    scored = _forced(sent, ours, len(sent.requests))
+    theirs = recorder.record(replace(target.candidate, dtype="float32"), {"logic-candidate": scored})
+    return {"logic-reference": ours, **theirs}
+
+
+def _sealed(target: Target, recorder: Recorder, found: Mapping[str, Recording]) -> Evidence:
+    """Write down which recordings belong together, and by what they are judged."""
+    run = {
+        "target": target.name,
+        "policy": target.policy.value,
+        "limits": target.limits,
+        "recordings": list(found),
+    }
     with store.disk_errors_named(recorder.directory):
         (recorder.directory / RUN).write_text(json.dumps(run, indent=1, default=dict) + "\n", "utf-8")
     return Evidence(
-        reference=reference,
-        candidate=candidate,
-        noise=noise,
+        recordings=dict(found),
+        policy=target.policy,
         limits=target.limits,
-        directories={role: recorder.directory / role for role in roles},
+        directories={role: recorder.directory / role for role in found},
     )
 
 
@@ -78,32 +171,34 @@ def gather(directory: Path) -> Evidence:
         RecordingError: If the directory is not a run, or a recording is damaged.
     """
     path = directory / RUN
-    try:
-        run = json.loads(path.read_text("utf-8"))
-        directories = {role: directory / role for role in run["recordings"]}
-        limits = run["limits"]
-    except (OSError, ValueError, KeyError, TypeError):
-        directories, limits = {}, {}
-    if not {"reference", "candidate"} <= set(directories):
+    if not path.is_file():
         raise RecordingError(
-            f"{str(directory)!r} holds no finished run ({RUN} {'is missing' if not path.exists() else 'is damaged'}); "
-            "`parity record` and `pytest suites` make one"
+            f"{str(directory)!r} holds no finished run ({RUN} is missing); `parity record` and `pytest suites` make one"
         )
-    return _read(directories, limits)
+    roles, policy, limits = _run(path)
+    if not set(_SIDES) <= set(roles):
+        raise RecordingError(f"{str(path)!r} names no reference and candidate; record again")
+    return _read({role: directory / role for role in roles}, policy, limits)
 
 
 def pair(reference: Path, candidate: Path, *, noise: Path | None) -> Evidence:
-    """Read two recordings; the noise and limits of their run are used where both lie in one run's directory."""
+    """Read two recordings; scores and limits of their run are used where both lie in one run's directory."""
     directories = {"reference": reference, "candidate": candidate}
+    policy = Policy.EQUIVALENCE
     limits: Mapping[str, Mapping[str, Any]] = {}
     beside = reference.resolve().parent
     if (beside / RUN).is_file():
-        limits = _limits_of(beside / RUN)
-    if noise is None and _scores(beside / "noise", reference):
-        noise = beside / "noise"
+        roles, policy, limits = _run(beside / RUN)
+        for role, side in _SCORES_OF.items():
+            if role in roles and _scores(beside / role, directories[side]):
+                directories[role] = beside / role
+        if candidate.resolve().parent == beside:
+            directories |= {role: beside / role for role in roles if role.startswith(("logic-", "sampled-"))}
+        else:  # scores by the candidate of that run say nothing about another candidate
+            directories.pop("candidate-scores", None)
     if noise is not None:
         directories["noise"] = noise
-    return _read(directories, limits)
+    return _read(directories, policy, limits)
 
 
 def judge(evidence: Evidence, check: str) -> Verdict:
@@ -114,51 +209,50 @@ def judge(evidence: Evidence, check: str) -> Verdict:
         IncomparableError: If the recordings must not be compared.
     """
     module = checks.load(check)
+    roles = roles_of(check)
+    if (absent := missing(evidence, check)) is not None:
+        raise IncomparableError(
+            f"the {check} check needs the recording {absent!r}, which this run does not have; `parity record` "
+            "makes it where the target asks for it"
+        )
     verdict: Verdict = module.check(
-        evidence.reference,
-        evidence.candidate,
-        noise=_noise(evidence),
-        limits=_limits(module.Limits, check, evidence.limits.get(check, {})),
+        evidence.recordings[roles[0]],
+        evidence.recordings[roles[1]],
+        noise=evidence.noise,
+        limits=_limits(module.Limits, check, evidence.limits.get(check, {}), evidence.policy),
     )
     return verdict
 
 
-def _read(directories: Mapping[str, Path], limits: Mapping[str, Mapping[str, Any]]) -> Evidence:
-    recordings = {role: store.read(path) for role, path in directories.items()}
+def _read(directories: Mapping[str, Path], policy: Policy, limits: Mapping[str, Mapping[str, Any]]) -> Evidence:
     return Evidence(
-        reference=recordings["reference"],
-        candidate=recordings["candidate"],
-        noise=recordings.get("noise"),
+        recordings={role: store.read(path) for role, path in directories.items()},
+        policy=policy,
         limits=limits,
         directories=directories,
     )
 
 
-def _limits_of(run: Path) -> Mapping[str, Mapping[str, Any]]:
+def _run(path: Path) -> tuple[list[str], Policy, Mapping[str, Mapping[str, Any]]]:
+    """Roles, policy and limits of an earlier run."""
     try:
-        limits: Mapping[str, Mapping[str, Any]] = json.loads(run.read_text("utf-8"))["limits"]
+        run = json.loads(path.read_text("utf-8"))
+        return list(run["recordings"]), Policy(run["policy"]), dict(run["limits"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordingError(f"{str(run)!r}, which holds the limits to judge by, is damaged; record again") from error
-    return limits
+        raise RecordingError(f"{str(path)!r}, which holds the limits to judge by, is damaged; record again") from error
 
 
-def _scores(noise: Path, reference: Path) -> bool:
-    """Whether `noise` is a recording of the reference's tokens, and not left over from another run."""
+def _scores(scores: Path, answers: Path) -> bool:
+    """Whether `scores` is of these answers' tokens, and not left over from another run."""
     try:
-        forced_from = store.read_header(noise)["workload"]["forced_from"]
-        return bool(forced_from == store.read_header(reference)["digest"])
+        forced_from = store.read_header(scores)["workload"]["forced_from"]
+        return bool(forced_from == store.read_header(answers)["digest"])
     except RecordingError:
         return False
 
 
-def _noise(evidence: Evidence) -> Noise | None:
-    if evidence.noise is None:
-        return None
-    return noise_.measure(evidence.reference, evidence.noise, candidate_dtype=noise_.dtype_of(evidence.candidate))
-
-
-def _limits(kind: type[Any], check: str, table: Mapping[str, Any]) -> Any:
-    """A check's limits with the user's changes; a changed limit must say where it comes from."""
+def _limits(kind: type[Any], check: str, table: Mapping[str, Any], policy: Policy) -> Any:
+    """A check's limits under a policy with the user's changes; a changed limit must say where it comes from."""
     changes = {key: value for key, value in table.items() if key != "source"}
     valid = [f.name for f in fields(kind)]
     for key in changes:
@@ -173,4 +267,5 @@ def _limits(kind: type[Any], check: str, table: Mapping[str, Any]) -> Any:
     for key, value in changes.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ConfigError(f"limits.{check}: {key!r} must be a number, not {value!r}")
-    return kind(**changes)
+    defaults = kind.of(policy) if hasattr(kind, "of") else kind()
+    return replace(defaults, **changes)

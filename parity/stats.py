@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 def poisson_tail(mean: float, at_least: int) -> float:
@@ -79,3 +80,82 @@ def _falling_sum(first: float, ratios: Iterable[float]) -> float:
         terms.append(term)
         term *= ratio
     return math.fsum(terms)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRatio:
+    """A ratio of two sums over prompts, on the log scale, with its jackknife standard error.
+
+    prompts: the independent units; the tokens of one prompt are never independent of each other.
+    """
+
+    ln: float
+    standard_error: float
+    prompts: int
+
+    @property
+    def value(self) -> float:
+        """The ratio itself."""
+        return math.exp(self.ln)
+
+    def lower(self, alpha: float) -> float:
+        """One-sided bound: the true ratio lies below it with probability at most about `alpha`."""
+        return math.exp(self.ln - student_t_quantile(1.0 - alpha, self.prompts - 1) * self.standard_error)
+
+    def upper(self, alpha: float) -> float:
+        """One-sided bound: the true ratio lies above it with probability at most about `alpha`."""
+        return math.exp(min(700.0, self.ln + student_t_quantile(1.0 - alpha, self.prompts - 1) * self.standard_error))
+
+
+def log_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> LogRatio | None:
+    """The ratio of the sums of per-prompt numbers, by delete-one-prompt jackknife; None where it is not defined.
+
+    Not defined: fewer than two prompts, or a sum that is not positive, also with any one prompt left out.
+    Source: cluster jackknife-t on the log ratio, e.g. Efron & Tibshirani 1993, chapter 11; its coverage at the prompt
+    counts used here is a test.
+    """
+    m = len(numerators)
+    top, bottom = math.fsum(numerators), math.fsum(denominators)
+    tops = [top - value for value in numerators]
+    bottoms = [bottom - value for value in denominators]
+    # What is left after subtracting must stand clear of the subtraction's own rounding.
+    if m < 2 or min(tops, default=0.0) <= 1e-12 * top or min(bottoms, default=0.0) <= 1e-12 * bottom:
+        return None
+    without = [math.log(a / b) for a, b in zip(tops, bottoms, strict=True)]
+    mean = math.fsum(without) / m
+    variance = (m - 1) / m * math.fsum((value - mean) ** 2 for value in without)
+    return LogRatio(ln=math.log(top / bottom), standard_error=math.sqrt(variance), prompts=m)
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """The value below which a Student t variable lies with `probability` (0.5 to 1); nine digits.
+
+    Raises:
+        ValueError: If the probability or the degrees of freedom are outside that range.
+    """
+    if not 0.5 <= probability < 1.0 or degrees < 1:
+        raise ValueError(f"no t quantile for probability {probability} and {degrees} degrees of freedom")
+    low, high = 0.0, 1.0
+    while _student_t_tail(high, degrees) > 1.0 - probability:
+        low, high = high, 2.0 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        if _student_t_tail(middle, degrees) > 1.0 - probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _student_t_tail(t: float, degrees: int) -> float:
+    """P(T > t) for t >= 0, by the finite sums for whole degrees of freedom (Abramowitz & Stegun 26.7.3, 26.7.4)."""
+    theta = math.atan(t / math.sqrt(degrees))
+    cosine = math.cos(theta)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for step in range(2 if odd else 1, degrees - 1, 2):
+        term *= cosine * cosine * step / (step + 1)
+        total += term
+    inside = 2.0 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+    return max(0.0, (1.0 - inside) / 2)

@@ -20,6 +20,18 @@ class Outcome(Enum):
     INCONCLUSIVE = "INCONCLUSIVE"
 
 
+class Policy(str, Enum):
+    """How much the candidate may differ.
+
+    IDENTITY: same weights, same numerics (a rebuild, a flag). EQUIVALENCE: another engine or version at the same
+    precision. QUANTIZED: a budgeted loss.
+    """
+
+    IDENTITY = "identity"
+    EQUIVALENCE = "equivalence"
+    QUANTIZED = "quantized"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One thing a check looked at.

@@ -16,6 +16,31 @@ def test_inputs(parity_judge: Callable[[str], Verdict]) -> None:
     parity_judge("inputs")
 
 
+def test_shape(parity_judge: Callable[[str], Verdict]) -> None:
+    """Answers end where they should, and numbers, tokens and texts keep the laws of any correct engine."""
+    parity_judge("shape")
+
+
 def test_greedy(parity_judge: Callable[[str], Verdict]) -> None:
     """Greedy answers part ways only where rounding explains it, and end where they should."""
     parity_judge("greedy")
+
+
+def test_lockstep(parity_judge: Callable[[str], Verdict]) -> None:
+    """The candidate's scores of the reference's tokens are as close as rounding makes two correct engines."""
+    parity_judge("lockstep")
+
+
+def test_decode(parity_judge: Callable[[str], Verdict]) -> None:
+    """What the candidate decodes, the reference scores alike: cache and positions are right."""
+    parity_judge("decode")
+
+
+def test_logic(parity_judge: Callable[[str], Verdict]) -> None:
+    """In float32, where rounding hides nothing, both engines compute the same function."""
+    parity_judge("logic")
+
+
+def test_sampling(parity_judge: Callable[[str], Verdict]) -> None:
+    """Each engine samples as it was asked: temperature and filters, by its own log-probabilities."""
+    parity_judge("sampling")

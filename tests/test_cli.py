@@ -165,9 +165,10 @@ def test_the_limits_of_a_run_are_those_it_is_judged_by(
     """Five prompts are too few by the standard limits."""
     few = [save(tmp_path / name, recordings.recording(answers(5))) for name in ("reference", "candidate")]
     assert run("compare", *few) == 3
-    (tmp_path / "run.json").write_text(json.dumps({"recordings": ["reference", "candidate"], "limits": limits}))
+    run_json = {"recordings": ["reference", "candidate"], "policy": "equivalence", "limits": limits}
+    (tmp_path / "run.json").write_text(json.dumps(run_json))
     capsys.readouterr()
-    assert run("compare", *few) == code
+    assert run("compare", *few, "--check", "greedy") == code
     assert sentence in capsys.readouterr().err
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from drills import inline
 from parity import checks
-from parity.config import Policy, limited_to, read_prompts, read_target, spread, target_names
+from parity.config import limited_to, read_prompts, read_target, spread, target_names
 from parity.errors import ConfigError
 from parity.prompts import Prompt, Request, SamplingParams
+from parity.verdict import Policy
 
 SHIPPED = Path(__file__).parents[1] / "suites" / "targets.toml"
 ENGINE = {"engine": "vllm", "dtype": "float32"}
@@ -48,7 +49,7 @@ def test_every_shipped_target_is_read(name: str) -> None:
     target = read_target(SHIPPED, name)
     assert target.description
     assert target.noise is not None
-    assert target.noise.prompts <= len(target.workload.requests)
+    assert target.lockstep.prompts <= target.lockstep.most
     assert len(target.workload.requests) >= 128
     assert target.workload.requests[0].sampling.is_greedy
 
@@ -131,8 +132,10 @@ WRONG: list[tuple[str, object, str]] = [
     ("targets.cpu.candidate.env", ["A=1"], rf"{CPU} candidate: 'env' must be a table"),
     ("targets.cpu.candidate.environment", 3, rf"{CPU} candidate: 'environment' must be a string, not 3"),
     ("targets.cpu.noise", 3, rf"{CPU} noise must be a table, not 3"),
-    ("targets.cpu.noise", {**ENGINE, "prompts": 0}, rf"{CPU} noise: 'prompts' must be a whole number of at least 1"),
-    ("targets.cpu.noise", {**ENGINE, "promts": 1}, rf"{CPU} noise: unknown key 'promts'; did you mean 'prompts'\?"),
+    ("targets.cpu.lockstep_prompts", 0, rf"{CPU}: 'lockstep_prompts' must be a whole number of at least 1"),
+    ("targets.cpu.noise", {**ENGINE, "dtyp": "x"}, rf"{CPU} noise: unknown key 'dtyp'; did you mean 'dtype'\?"),
+    ("targets.cpu.logic", {"workload": "greedi"}, rf"{CPU} logic: unknown workload 'greedi'; did you mean 'greedy'\?"),
+    ("targets.cpu.logic", {"prompts": 3}, rf"{CPU} logic: unknown key 'prompts'"),
     ("targets.cpu.limits", 3, rf"{CPU}: 'limits' must be a table, not 3"),
     ("targets.cpu.limits", {"gredy": {}}, rf"{CPU} limits: unknown key 'gredy'; did you mean 'greedy'\?"),
     ("targets.cpu.limits", {"greedy": 3}, rf"{CPU} limits: 'greedy' must be a table, not 3"),
@@ -250,7 +253,9 @@ def test_a_limited_target_asks_a_share_and_is_otherwise_the_same(tmp_path: Path)
     target = read_target(SHIPPED, None)
     few = limited_to(target, 10)
     assert len(few.workload.requests) == 10
-    assert replace(few, workload=target.workload) == target
+    assert few.logic is not None
+    assert len(few.logic.requests) == 10
+    assert replace(few, workload=target.workload, logic=target.logic, sampling=target.sampling) == target
     assert few.workload.digest != target.workload.digest
 
 

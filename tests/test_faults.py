@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 import parity
-from faults import models
 from parity.engines import EngineSpec
 from parity.fingerprint import differences, model_identity
 from parity.prompts import Message, Prompt, Request, SamplingParams, request_to_json
 from parity.recording import Completion, FinishReason
+from parity.sensitivity import model_faults as models
 
 # SmolLM2's own template.
 TEMPLATE = (

@@ -18,6 +18,18 @@ from parity.recording import Completion
 __all__ = ["display", "judge"]
 
 SHIPPED = Path(__file__).parents[1] / "suites" / "test_output.py"
+PARTIAL_RUN = '{"recordings": ["reference"], "policy": "equivalence", "limits": {}}'
+TWO_CHECKS = """
+import pytest
+
+pytestmark = pytest.mark.parity
+
+def test_inputs(parity_judge):
+    parity_judge("inputs")
+
+def test_greedy(parity_judge):
+    parity_judge("greedy")
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +40,10 @@ def _quick(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> Suite:
-    """A suites folder with the shipped tests in it; `write` adds the target."""
+    """A suites folder with two tests in it; `write` adds the target."""
     made = Suite(pytester.path)
     (pytester.path / "suites").mkdir()
-    shutil.copy(SHIPPED, pytester.path / "suites")
+    (pytester.path / "suites" / "test_output.py").write_text(TWO_CHECKS)
     return made
 
 
@@ -54,7 +66,9 @@ def save_run(directory: Path, reference: Sequence[Completion], candidate: Sequen
             key="k",
         )
         store.write(directory / role, header=header, completions=completions)
-    (directory / "run.json").write_text(json.dumps({"recordings": ["reference", "candidate"], "limits": {}}))
+    (directory / "run.json").write_text(
+        json.dumps({"recordings": ["reference", "candidate"], "policy": "equivalence", "limits": {}})
+    )
     return str(directory)
 
 
@@ -86,11 +100,11 @@ def text_of(result: pytest.RunResult) -> str:
 
 def test_engines_run_once_however_many_tests_judge_them(suite: Suite, pytester: pytest.Pytester) -> None:
     suite.write(prompts=33, engine=counting_engine(suite.root))
-    shutil.copy(SHIPPED, suite.root / "suites" / "test_again.py")
+    (suite.root / "suites" / "test_again.py").write_text(TWO_CHECKS)
     result = pytester.runpytest("suites", "--junitxml=junit.xml", "--strict-markers", "-W", "error")
     assert result.ret == 0
     result.assert_outcomes(passed=4)
-    assert starts(suite.root) == 2
+    assert starts(suite.root) == 3  # the reference once more, to score what the candidate answered
     result.stdout.fnmatch_lines(
         [
             "parity: target drill: drill against drill",
@@ -127,6 +141,16 @@ def test_a_limited_run_lies_apart(suite: Suite, pytester: pytest.Pytester) -> No
     assert result.ret == 0
     assert len(store.read(suite.root / "cache" / "recordings" / "drill-limit-2" / "reference").completions) == 2
     assert not (suite.root / ".parity").exists()
+
+
+def test_the_shipped_tests_judge_whatever_the_target_records(suite: Suite, pytester: pytest.Pytester) -> None:
+    """Logic is skipped with its reason, because this target does not ask for it."""
+    suite.write(prompts=33)
+    shutil.copy(SHIPPED, suite.root / "suites" / "test_output.py")
+    result = pytester.runpytest("suites", "-rs")
+    assert result.ret == 0
+    result.assert_outcomes(passed=5, skipped=2)
+    result.stdout.fnmatch_lines(["SKIPPED*this run has no recording 'logic-reference'*"])
 
 
 # Stored recordings -------------------------------------------------------------------------------------------------
@@ -211,7 +235,7 @@ def test_an_unknown_check_is_one_sentence(passing: str, pytester: pytest.Pyteste
     assert "parity could not judge: there is no check 'gredy'; did you mean 'greedy'?" in text_of(result)
 
 
-@pytest.mark.parametrize("damage", [None, "[]", "{}", '{"recordings": ["reference"], "limits": {}}', "{"])
+@pytest.mark.parametrize("damage", [None, "[]", "{}", PARTIAL_RUN, "{"])
 def test_a_directory_that_holds_no_run_is_one_sentence(
     damage: str | None, suite: Suite, pytester: pytest.Pytester
 ) -> None:
@@ -221,8 +245,11 @@ def test_a_directory_that_holds_no_run_is_one_sentence(
     result = pytester.runpytest("suites", "--parity-recordings", "nowhere")
     assert result.ret == 1
     result.assert_outcomes(errors=2)
-    state = "missing" if damage is None else "damaged"
-    assert f"nowhere' holds no finished run (run.json is {state})" in text_of(result)
+    wanted = {
+        None: "nowhere' holds no finished run (run.json is missing)",
+        PARTIAL_RUN: "run.json' names no reference and candidate",
+    }
+    assert wanted.get(damage, "which holds the limits to judge by, is damaged") in text_of(result)
 
 
 # Options -----------------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from faults import models as plant
 from parity import config, judge, models
 from parity.config import Target
 from parity.display import Display
 from parity.record import Places, Recorder
+from parity.sensitivity import model_faults as plant
 from parity.verdict import Outcome, Verdict
 
 pytestmark = pytest.mark.real
@@ -40,7 +40,7 @@ def judged(capfd: pytest.CaptureFixture[str]) -> Judged:
         with capfd.disabled(), Display(sys.stderr) as display:
             recorder = Recorder(directory=directory, places=PLACES, observer=display)
             evidence = judge.collect(config.limited_to(target, prompts), recorder)
-        return {check: judge.judge(evidence, check) for check in judge.CHECKS}
+        return {check: judge.judge(evidence, check) for check in evidence.checks}
 
     return run
 
@@ -87,15 +87,40 @@ def test_one_attention_head_zeroed_fails_and_the_weights_are_named(judged: Judge
     assert verdicts["inputs"].outcome is Outcome.PASS
     assert verdicts["greedy"].outcome is Outcome.FAIL
     assert any("the weights are not the same" in c for c in verdicts["greedy"].causes)
+    assert verdicts["lockstep"].outcome is Outcome.FAIL
+    assert verdicts["decode"].outcome is Outcome.FAIL
+    assert verdicts["logic"].outcome is Outcome.FAIL
+
+
+def test_what_rounding_hides_in_16_bits_fails_in_float32(judged: Judged, model: Path, tmp_path: Path) -> None:
+    """A rope base one per cent off: no rule can see it in bfloat16, and none claims to."""
+    spoilt = plant.rope_theta_times(model, tmp_path / "model", factor=1.01)
+    verdicts = judged("rope-one-per-cent", with_model(spoilt), 16)
+    assert verdicts["logic"].outcome is Outcome.FAIL
+    assert any("rope_theta is 100000.0 in the reference and 101000.0" in c for c in verdicts["logic"].causes)
+    assert verdicts["lockstep"].outcome is not Outcome.FAIL
+
+
+def test_a_quantized_copy_fails_in_lock_step_where_texts_would_not_tell(
+    judged: Judged, model: Path, tmp_path: Path
+) -> None:
+    """int8 with one scale a tensor: an accident that people ship, because the answers still read well."""
+    (fault,) = (f for f in plant.registry(15) if f.name == "int8 per tensor, all layers")
+    verdicts = judged("int8", with_model(fault.plant(model, tmp_path / "model")), 48)
+    assert verdicts["lockstep"].outcome is Outcome.FAIL
+    assert verdicts["decode"].outcome is Outcome.FAIL
+    assert verdicts["logic"].outcome is Outcome.FAIL
 
 
 def test_max_tokens_one_short_fails_and_says_exactly_that(judged: Judged) -> None:
     verdicts = judged("max-tokens", with_engine("vllm_max_tokens_short.py"), 16)
     assert verdicts["greedy"].outcome is Outcome.FAIL
     assert "1 token too short (63 for max_tokens 64)" in verdicts["greedy"].causes[0]
+    assert verdicts["shape"].causes == ("max_tokens does not reach the engine as asked: 63 tokens for max_tokens 64",)
 
 
 def test_temperature_where_greedy_was_asked_fails_and_says_it_samples(judged: Judged) -> None:
     verdicts = judged("temperature", with_engine("vllm_temperature.py"), 16)
     assert verdicts["greedy"].outcome is Outcome.FAIL
     assert "samples where greedy decoding was asked" in verdicts["greedy"].causes[0]
+    assert verdicts["logic"].outcome is Outcome.PASS  # the model computes what it should

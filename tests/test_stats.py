@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from parity.stats import binomial_tail, critical_count, detectable_share, poisson_tail
+from parity.stats import binomial_tail, critical_count, detectable_share, log_ratio, poisson_tail, student_t_quantile
 
 ALPHA, RATE = 0.002, 0.0025  # of the greedy check
 SHARES = st.floats(0.0, 1.0)
@@ -106,3 +107,35 @@ def test_detectable_shares_by_hand() -> None:
     assert detectable_share(n=1, count=1, power=0.9) == pytest.approx(0.9)
     assert detectable_share(n=2, count=1, power=0.9) == pytest.approx(1 - math.sqrt(0.1))
     assert detectable_share(n=2, count=3, power=0.9) == 1.0
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 15, 31, 47, 127, 500])
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.99, 0.998, 0.9999])
+def test_student_t_quantiles_are_scipys(probability: float, degrees: int) -> None:
+    expected = stats.t.ppf(probability, degrees)
+    assert student_t_quantile(probability, degrees) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+
+
+@pytest.mark.parametrize(("probability", "degrees"), [(0.4, 3), (1.0, 3), (0.9, 0)])
+def test_a_t_quantile_that_does_not_exist_is_refused(probability: float, degrees: int) -> None:
+    with pytest.raises(ValueError, match="no t quantile"):
+        student_t_quantile(probability, degrees)
+
+
+def test_the_jackknife_of_a_ratio_worked_by_hand() -> None:
+    """Sums 6 and 6; without one prompt 5/4, 4/4, 3/4. Pseudo-spread of ln(1.25), 0 and ln(.75), times 2/3."""
+    found = log_ratio([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
+    assert found is not None
+    parts = [math.log(1.25), 0.0, math.log(0.75)]
+    mean = sum(parts) / 3
+    assert found.ln == 0.0
+    assert found.standard_error == pytest.approx(math.sqrt(2 / 3 * sum((p - mean) ** 2 for p in parts)))
+    assert found.upper(0.01) == pytest.approx(math.exp(stats.t.ppf(0.99, 2) * found.standard_error))
+
+
+def test_the_jackknife_agrees_with_scipys_standard_error_of_a_mean() -> None:
+    """With a constant denominator and small spread ln of the ratio is the mean's relative deviation."""
+    values = 100.0 + np.random.default_rng(3).normal(size=40)
+    found = log_ratio(values.tolist(), [1.0] * 40)
+    assert found is not None
+    assert found.standard_error == pytest.approx(stats.sem(values) / values.mean(), rel=1e-3)
