@@ -26,6 +26,8 @@ from parity.verdict import Outcome, Policy, Verdict
 
 CHECKS = ("inputs", "shape", "greedy", "lockstep", "decode", "logic", "sampling")
 RUN = "run.json"
+_EXACT = ("greedy", "logic")
+"""Checks for engines that compute the same function."""
 _SIDES = ("reference", "candidate")
 _SCORES_OF = {"noise": "reference", "candidate-scores": "reference", "reference-scores": "candidate"}
 """Recordings of scores, and whose tokens they score."""
@@ -67,7 +69,7 @@ class Evidence:
     @property
     def checks(self) -> tuple[str, ...]:
         """The checks that this evidence suffices for."""
-        return tuple(name for name in CHECKS if missing(self, name) is None)
+        return tuple(name for name in CHECKS if why_not(self, name) is None)
 
 
 def roles_of(check: str) -> tuple[str, str]:
@@ -76,13 +78,21 @@ def roles_of(check: str) -> tuple[str, str]:
     return roles
 
 
-def missing(evidence: Evidence, check: str) -> str | None:
-    """The role that a check looks at and this evidence lacks; None if all are there.
+def why_not(evidence: Evidence, check: str) -> str | None:
+    """Why a check cannot be asked of this evidence, in one sentence; None if it can.
 
     Raises:
         ConfigError: If there is no such check.
     """
-    return next((role for role in roles_of(check) if role not in evidence.recordings), None)
+    if evidence.policy is Policy.QUANTIZED and check in _EXACT:
+        return f"the {check} check refuses what the policy 'quantized' allows; lockstep and decode hold the budget"
+    for role in roles_of(check):
+        if role not in evidence.recordings:
+            return (
+                f"the {check} check needs the recording {role!r}, which this run does not have; `parity record` "
+                "makes it where the target asks for it"
+            )
+    return None
 
 
 def collect(target: Target, recorder: Recorder) -> Evidence:
@@ -210,11 +220,8 @@ def judge(evidence: Evidence, check: str) -> Verdict:
     """
     module = checks.load(check)
     roles = roles_of(check)
-    if (absent := missing(evidence, check)) is not None:
-        raise IncomparableError(
-            f"the {check} check needs the recording {absent!r}, which this run does not have; `parity record` "
-            "makes it where the target asks for it"
-        )
+    if (reason := why_not(evidence, check)) is not None:
+        raise IncomparableError(reason)
     verdict: Verdict = module.check(
         evidence.recordings[roles[0]],
         evidence.recordings[roles[1]],

@@ -136,8 +136,8 @@ def parity_judge(request: pytest.FixtureRequest, parity_evidence: Evidence) -> C
         from parity.reports import terminal  # noqa: PLC0415
 
         try:
-            if missing := judge.missing(parity_evidence, check):
-                pytest.skip(f"parity: this run has no recording {missing!r}, which the {check} check looks at")
+            if reason := judge.why_not(parity_evidence, check):
+                pytest.skip(f"parity: {reason}")
             verdict = judge.judge(parity_evidence, check)
         except ParityError as error:
             pytest.fail(f"parity could not judge: {error}", pytrace=False)

@@ -80,25 +80,29 @@ class Suite:
         candidate: Mapping[str, Any] | None = None,
         limits: Mapping[str, Mapping[str, object]] | None = None,
         engine: Path = DRILL,
+        target: Mapping[str, object] | None = None,
         **keys: object,
     ) -> Suite:
-        """`reference` and `candidate` are options of the drill engine; `keys` go into the candidate's table."""
+        """`reference` and `candidate` are options of the drill engine; `target` and `keys` go into
+        the target's and the candidate's table.
+        """
         suites = self.root / "suites"
         suites.mkdir(parents=True, exist_ok=True)
         make_model(suites / "model")
         lines = [json.dumps({"id": f"p-{i:02}", "text": f"prompt number {i} says"}) for i in range(prompts)]
         (suites / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
         side = {"engine": str(engine), "dtype": "float32", "python": bare_interpreter()}
-        target = {
+        table = {
             "description": "drill against drill",
             "model": "model",
             "workload": "small",
             "reference": {**side, "options": dict(reference or {})},
             "candidate": {**side, "options": dict(candidate or {}), **keys},
             "limits": dict(limits or {}),
+            **(target or {}),
         }
         workload = {"prompts": ["prompts.jsonl"], "max_tokens": 10, "logprobs": 4}
-        text = f"default = 'drill'\nworkloads.small = {inline(workload)}\ntargets.drill = {inline(target)}\n"
+        text = f"default = 'drill'\nworkloads.small = {inline(workload)}\ntargets.drill = {inline(table)}\n"
         (suites / "targets.toml").write_text(text)
         return self
 

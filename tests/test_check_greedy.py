@@ -467,7 +467,7 @@ def test_exchanging_the_sides_keeps_the_answer(slacks: list[float | None]) -> No
 
 LIMITS = Limits()
 PROMPTS = 128
-BEYOND_6_SIGMA = 0.0025  # of correct pairs' prompts; measured 2.1 per 1,000, docs/checks.md
+BEYOND_6_SIGMA = 0.0025  # of correct pairs' prompts; measured 2.1 per 1,000, docs/checks/greedy.md
 
 
 def heavy_tailed(generator: np.random.Generator, sets: int, *, beyond: float = BEYOND_6_SIGMA) -> np.ndarray:

@@ -150,7 +150,35 @@ def test_the_shipped_tests_judge_whatever_the_target_records(suite: Suite, pytes
     result = pytester.runpytest("suites", "-rs")
     assert result.ret == 0
     result.assert_outcomes(passed=5, skipped=2)
-    result.stdout.fnmatch_lines(["SKIPPED*this run has no recording 'logic-reference'*"])
+    result.stdout.fnmatch_lines(["SKIPPED*the logic check needs the recording 'logic-reference', which*"])
+
+
+def test_prompts_double_while_lock_step_is_inconclusive(suite: Suite, pytester: pytest.Pytester) -> None:
+    """Sixteen prompts are the fewest that may pass: 5, 10 and then 20 are scored."""
+    suite.write(prompts=40, target={"lockstep_prompts": 5, "lockstep_prompts_max": 40})
+    shutil.copy(SHIPPED, suite.root / "suites" / "test_output.py")
+    result = pytester.runpytest("suites")
+    assert result.ret == 0
+    assert "lock step is inconclusive on 10 prompts; scoring 20" in text_of(result)
+    for role in ("candidate-scores", "reference-scores"):
+        assert len(store.read(suite.run / role).completions) == 20
+
+
+def test_doubling_ends_at_the_targets_most(suite: Suite, pytester: pytest.Pytester) -> None:
+    suite.write(prompts=40, target={"lockstep_prompts": 5, "lockstep_prompts_max": 8})
+    shutil.copy(SHIPPED, suite.root / "suites" / "test_output.py")
+    result = pytester.runpytest("suites")
+    assert result.ret == 1
+    assert len(store.read(suite.run / "candidate-scores").completions) == 8
+    result.stdout.fnmatch_lines(["INCONCLUSIVE  lockstep*"])
+
+
+def test_a_quantized_target_is_not_asked_to_be_exact(suite: Suite, pytester: pytest.Pytester) -> None:
+    suite.write(prompts=40, target={"policy": "quantized"})
+    shutil.copy(SHIPPED, suite.root / "suites" / "test_output.py")
+    result = pytester.runpytest("suites", "-rs")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["SKIPPED*the greedy check refuses what the policy 'quantized' allows*"])
 
 
 # Stored recordings -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ is exactly the margin shift between the engines, and is held against sigma, the 
 Length and finish reason are findings of their own: nothing is cut off silently. An engine that does not take its own
 most probable token fails by that alone, since S would say nothing about it.
 
-Source of the rule (R1), of its constants and of their measured error rates: docs/checks.md.
+Source of the rule (R1), of its constants and of their measured error rates: docs/checks/greedy.md.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The numbers this check judges by. Source: docs/checks.md, "greedy".
+    """The numbers this check judges by. Source: docs/checks/greedy.md.
 
     sigma_without_noise_nats: used, with a warning, where no noise was measured; the documented value for one 16-bit
         135M model on a CPU. It is a guess about any other model.
