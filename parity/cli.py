@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--check", action="append", help="only this check; may be given more than once")
     compare.set_defaults(run=_compare)
 
+    calibrate = verbs.add_parser(
+        "calibrate", help="measure a target's rounding noise on all its prompts, and what its gate can see"
+    )
+    calibrate.add_argument("target", nargs="?", help="a target of suites/targets.toml (default: its 'default')")
+    _add_places(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
     sensitivity = verbs.add_parser(
         "sensitivity", help="seeded faults through a target's candidate: what its gate notices and what it misses"
     )
@@ -160,6 +167,38 @@ def _compare(options: argparse.Namespace) -> int:
         _say("")
         _say(terminal.render(verdict))
     return EXIT_OF[outcome]
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from parity import calibrate, config, judge  # noqa: PLC0415
+    from parity.display import Display  # noqa: PLC0415
+    from parity.record import Places, Recorder  # noqa: PLC0415
+
+    target = config.read_target(options.suites / "targets.toml", options.target)
+    with Display() as display:
+        recorder = Recorder(
+            directory=judge.calibration_of(options.home / "recordings" / target.name),
+            places=Places.of(options.suites, options.home),
+            observer=display,
+        )
+        found = calibrate.calibrate(target, recorder)
+    _say(
+        f"target {found.target}: {found.source}, measured {found.measured_at} on {found.positions} positions of "
+        f"{found.prompts} prompts"
+    )
+    _say(f"  sigma {found.sigma_nats:.4g} nats for the judged pair")
+    _say(f"  KL floor {found.floor_nats:.3g} nats a token (+- {found.floor_error_nats:.1g}, standard error by prompt)")
+    _say(f"  margin shifts over 4 sigma {found.beyond_4_sigma:.2%}, over 6 sigma {found.beyond_6_sigma:.3%}")
+    _say(f"  the noise engine against itself on other batches: {found.other_batches_nats:.2g} nats a token")
+    for null in found.null:
+        _say(
+            f"  {null.prompts} prompts: a correct engine fails {null.false_alarms:.1%} and passes {null.passes:.0%} of "
+            f"drawn sets; {null.smallest_caught:.2f} times the floor is caught with 90 % probability"
+        )
+    for warning in found.warnings:
+        _say(f"  warning: {warning}")
+    _say(f"kept in {recorder.directory}; runs of this target judge by it as long as the reference is the same")
+    return 0
 
 
 def _sensitivity(options: argparse.Namespace) -> int:

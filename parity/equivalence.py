@@ -44,7 +44,7 @@ class Limits:
     """
 
     kl_ratio: float = 1.0
-    kl_ratio_one_side: float = 1.25
+    kl_ratio_one_side: float = 1.2
     budget_nats: float = 0.0
     same_build: float = 0.0
     alpha_fail: float = 0.002

@@ -119,9 +119,12 @@ def collect(target: Target, recorder: Recorder) -> Evidence:
         sampled["sampled-candidate"] = target.sampling.with_prompt_token_ids(ids)
     prompts = target.lockstep.prompts
     while True:
-        scored = _forced(workload, reference, prompts)
+        scored = forced(workload, reference, prompts)
         if target.noise is not None:
-            found |= recorder.record(target.noise, {"noise": scored})
+            # A calibration has scored every prompt of this very reference; a share of it would be less.
+            whole = _scores(calibration_of(recorder.directory) / "noise", recorder.directory / "reference")
+            asked = forced(workload, reference, len(workload.requests)) if whole else scored
+            found |= recorder.record(target.noise, {"noise": asked})
         found |= recorder.record(target.candidate, {"candidate": workload, "candidate-scores": scored, **sampled})
         evidence = _sealed(target, recorder, found)
         more = min(2 * prompts, target.lockstep.most, len(workload.requests))
@@ -129,7 +132,7 @@ def collect(target: Target, recorder: Recorder) -> Evidence:
             break
         recorder.observer.note(f"lock step is inconclusive on {prompts} prompts; scoring {more}")
         prompts = more
-    answers = _forced(workload, found["candidate"], prompts)
+    answers = forced(workload, found["candidate"], prompts)
     if answers.requests:
         found |= recorder.record(target.reference, {"reference-scores": answers})
     if target.logic is not None:
@@ -137,7 +140,12 @@ def collect(target: Target, recorder: Recorder) -> Evidence:
     return _sealed(target, recorder, found)
 
 
-def _forced(workload: Workload, answers: Recording, prompts: int) -> Workload:
+def calibration_of(directory: Path) -> Path:
+    """Where the calibration of the target that records into `directory` is kept."""
+    return directory.with_name(f"{directory.name}-calibration")
+
+
+def forced(workload: Workload, answers: Recording, prompts: int) -> Workload:
     """The teacher-forced twin of an even share of the workload, with the tokens of these answers."""
     share = {r.id for r in spread(workload.requests, prompts)}
     tokens = {c.id: c.token_ids for c in answers.completions if c.id in share}
@@ -151,7 +159,7 @@ def _logic(
     spec = replace(target.reference, dtype="float32")
     ours = found.get("logic-reference") or recorder.record(spec, {"logic-reference": workload})["logic-reference"]
     sent = workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in ours.completions})
-    scored = _forced(sent, ours, len(sent.requests))
+    scored = forced(sent, ours, len(sent.requests))
     theirs = recorder.record(replace(target.candidate, dtype="float32"), {"logic-candidate": scored})
     return {"logic-reference": ours, **theirs}
 
@@ -250,12 +258,15 @@ def _run(path: Path) -> tuple[list[str], Policy, Mapping[str, Mapping[str, Any]]
 
 
 def _scores(scores: Path, answers: Path) -> bool:
-    """Whether `scores` is of these answers' tokens, and not left over from another run."""
+    """Whether `scores` is of these answers' tokens, and not left over from another run.
+
+    By the tokens themselves: an engine that is recorded again and answers the same has been scored already.
+    """
     try:
-        forced_from = store.read_header(scores)["workload"]["forced_from"]
-        return bool(forced_from == store.read_header(answers)["digest"])
+        scored, own = store.read(scores), store.read(answers).by_id
     except RecordingError:
         return False
+    return all(c.id in own and own[c.id].token_ids == c.token_ids for c in scored.completions)
 
 
 def _limits(kind: type[Any], check: str, table: Mapping[str, Any], policy: Policy) -> Any:
