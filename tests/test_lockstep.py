@@ -130,7 +130,7 @@ def test_a_part_is_what_measuring_the_part_gives() -> None:
 
 
 def test_recordings_that_do_not_belong_together_are_refused() -> None:
-    ours, theirs = answer([row((A, 0.6), (B, 0.3))]), answer([row((B, 0.6), (A, 0.3))])
+    ours = answer([row((A, 0.6), (B, 0.3))])
     with pytest.raises(IncomparableError, match="'p': the two sides scored different tokens"):
         lockstep.measure(*pair(ours, answer([row((B, 0.6), (A, 0.3))], tokens=(B,))))
     with pytest.raises(IncomparableError, match="share no prompt"):

@@ -27,8 +27,10 @@ HOME = ROOT / ".parity"
 PLACES = Places.of(ROOT / "suites", HOME)
 ENGINES = Path(__file__).parent / "faults" / "engines"
 SHIPPED = config.read_target(ROOT / "suites" / "targets.toml", "cpu")
-TARGET = replace(SHIPPED, sampling=None)
-"""Without the audit of sampling, which no fault here touches."""
+assert SHIPPED.logic is not None
+LOGIC = replace(SHIPPED.logic, requests=config.spread(SHIPPED.logic.requests, 8))
+TARGET = replace(SHIPPED, sampling=None, logic=LOGIC)
+"""Eight prompts are enough in float32, where one decides; no fault here touches sampling."""
 
 Judged = Callable[[str, Target, int], dict[str, Verdict]]
 
@@ -64,7 +66,7 @@ def with_engine(file: str) -> Target:
 def test_rope_theta_1e4_for_1e5_fails_and_the_configuration_is_named(
     judged: Judged, model: Path, tmp_path: Path
 ) -> None:
-    verdicts = judged("rope-theta", with_model(plant.rope_theta(model, tmp_path / "model", value=10000.0)), 40)
+    verdicts = judged("rope-theta", with_model(plant.rope_theta(model, tmp_path / "model", value=10000.0)), 32)
     assert verdicts["inputs"].outcome is Outcome.PASS
     assert verdicts["greedy"].outcome is Outcome.FAIL
     assert any("rope_theta is 100000.0 in the reference and 10000.0" in c for c in verdicts["greedy"].causes)
@@ -87,7 +89,7 @@ def test_a_doubled_bos_fails_inputs_and_is_named(judged: Judged, model: Path, tm
 
 
 def test_one_attention_head_zeroed_fails_and_the_weights_are_named(judged: Judged, model: Path, tmp_path: Path) -> None:
-    verdicts = judged("head", with_model(plant.head_zeroed(model, tmp_path / "model", layer=15, head=3)), 40)
+    verdicts = judged("head", with_model(plant.head_zeroed(model, tmp_path / "model", layer=15, head=3)), 32)
     assert verdicts["inputs"].outcome is Outcome.PASS
     assert verdicts["greedy"].outcome is Outcome.FAIL
     assert any("the weights are not the same" in c for c in verdicts["greedy"].causes)
@@ -110,7 +112,7 @@ def test_a_quantized_copy_fails_in_lock_step_where_texts_would_not_tell(
 ) -> None:
     """int8 with one scale a tensor: an accident that people ship, because the answers still read well."""
     (fault,) = (f for f in plant.registry(15) if f.name == "int8 per tensor, all layers")
-    verdicts = judged("int8", with_model(fault.plant(model, tmp_path / "model")), 48)
+    verdicts = judged("int8", with_model(fault.plant(model, tmp_path / "model")), 20)
     assert verdicts["lockstep"].outcome is Outcome.FAIL
     assert verdicts["decode"].outcome is Outcome.FAIL
     assert verdicts["logic"].outcome is Outcome.FAIL

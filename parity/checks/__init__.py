@@ -2,6 +2,7 @@
 
 A check is one file in this folder that defines
 
+    ROLES: tuple[str, str]         the two recordings it looks at (default: reference, candidate), see `judge.Evidence`
     REQUIRES: tuple[str, ...]      the fingerprint identity facts that must match before it may be asked
     Limits                         a frozen dataclass of its thresholds, each with its source
     check(reference, candidate, *, noise, limits) -> Verdict
