@@ -126,7 +126,8 @@ def _divergence(pair: Pair) -> Finding:
     mean = float(steps.kl_nats.mean())
     scale, margin, against = _yardstick(pair)
     ids = [n for n, id_ in enumerate(steps.prompt_ids) if id_ in scale]
-    ratio = log_ratio(kl[ids].tolist(), [scale[steps.prompt_ids[n]] * float(steps.lengths[n]) for n in ids])
+    allowed = np.array([scale[steps.prompt_ids[n]] * float(steps.lengths[n]) for n in ids])
+    ratio = log_ratio(kl[ids].tolist(), allowed.tolist())
     coverage = f"covers {100 * float(steps.covered.mean()):.0f} % of the probability token by token"
     head = f"KL divergence {mean:.3g} nats a token (a lower bound: {coverage})"
     make = partial(
@@ -147,7 +148,9 @@ def _divergence(pair: Pair) -> Finding:
         )
     if ratio is None:
         return make(outcome=Outcome.INCONCLUSIVE, sentence=f"{head}; too few prompts with a measured floor to judge it")
-    share = float(kl[ids].max() / kl[ids].sum())
+    # A prompt that holds most of very little is no concern; one that is itself beyond the margin is.
+    beyond = kl[ids][kl[ids] > margin * allowed]
+    share = float(beyond.max() / kl[ids].sum()) if beyond.size else 0.0
     outcome = _ratio_outcome(ratio, margin, share, limits)
     low, high = ratio.lower(limits.alpha_fail), ratio.upper(limits.alpha_pass)
     catch = margin * math.exp(

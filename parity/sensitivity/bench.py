@@ -197,7 +197,7 @@ class Bench:
         steps = lockstep.measure(base.reference, scores)
         noise = noise_.measure(base.reference, base.scores, candidate_dtype=noise_.dtype_of(scores))
         assert noise.steps is not None, "measure fills it"
-        floor = float(noise.steps.kl_nats.mean()) * max(noise.sides, 1e-9)
+        floor = float(noise.steps.kl_nats.mean()) * noise.sides or equivalence.Limits().float32_nats
         draw = np.random.default_rng(self.seed)
         sets = {size: self._sets(draw, len(steps.prompt_ids), size) for size in SIZES if size <= len(steps.prompt_ids)}
         pair = equivalence.Pair(
