@@ -56,7 +56,6 @@ class Limits:
     suspicious_rate: float = 4.8e-5
     excess_flips_z: float = 3.09
     additivity_low: float = 0.6
-    additivity_high: float = 1.15
     wrong_arbiter_nats: float = 0.02
     sigma_without_noise_nats: float = 0.13
     floor_without_noise_nats: float = 8e-4

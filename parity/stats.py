@@ -34,6 +34,16 @@ def binomial_tail(n: int, p: float, at_least: int) -> float:
     return max(0.0, 1.0 - _falling_sum(first, (j / (n - j + 1) / odds for j in range(k, -1, -1))))
 
 
+def mcnemar(more: int, fewer: int, *, two_sided: bool) -> float:
+    """The exact probability that chance splits the discordant pairs as unevenly as `more` to `fewer`.
+
+    One-sided: that at least `more` of them fall to the first side.
+    """
+    if not two_sided:
+        return binomial_tail(more + fewer, 0.5, more)
+    return min(1.0, 2.0 * binomial_tail(more + fewer, 0.5, max(more, fewer)))
+
+
 def critical_count(*, rate: float, n: int, alpha: float) -> int:
     """The smallest count that chance at `rate` per unit reaches on `n` units with probability at most `alpha`.
 

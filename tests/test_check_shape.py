@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
 from parity.checks import shape
-from parity.checks.shape import Limits, mcnemar
+from parity.checks.shape import Limits
 from parity.errors import IncomparableError
 from parity.prompts import SamplingParams
 from parity.recording import NO_TOKEN, Completion, FinishReason, Recording, Terminator
+from parity.stats import mcnemar
 from parity.verdict import Finding, Outcome, Verdict
 from recordings import EOS, completion, plausible_row, recording
 

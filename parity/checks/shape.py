@@ -26,7 +26,7 @@ from parity.errors import IncomparableError
 from parity.lockstep import arrays
 from parity.noise import Noise
 from parity.recording import NO_TOKEN, Completion, FinishReason, Recording
-from parity.stats import binomial_tail, log_ratio
+from parity.stats import log_ratio, mcnemar
 from parity.verdict import Finding, Outcome, Verdict, worst
 
 if TYPE_CHECKING:
@@ -453,16 +453,6 @@ def _faults(seen: _Seen) -> str:
 
 
 # Paired counts -------------------------------------------------------------------------------------------------------
-
-
-def mcnemar(more: int, fewer: int, *, two_sided: bool) -> float:
-    """The exact probability that chance splits the discordant pairs as unevenly as `more` to `fewer`.
-
-    One-sided: that at least `more` of them fall to the first side.
-    """
-    if not two_sided:
-        return binomial_tail(more + fewer, 0.5, more)
-    return min(1.0, 2.0 * binomial_tail(more + fewer, 0.5, max(more, fewer)))
 
 
 def _output_length(pairs: Sequence[Pair], limits: Limits) -> tuple[Finding | None, str]:
