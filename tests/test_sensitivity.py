@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from lockstep_cases import World, sides
 from parity import lockstep
-from parity.errors import ConfigError
+from parity.engines import EngineSpec
+from parity.errors import ConfigError, EngineError
 from parity.recording import Recording
-from parity.sensitivity import bench, model_faults, peers
+from parity.sensitivity import bench, model_faults, peers, vllm_faults
 from recordings import completion, plausible_row, recording
 
 LAYERS, HEADS, GROUPS, SIZE, WIDTH = 3, 4, 2, 16, 64
@@ -213,3 +214,19 @@ def test_cases_have_different_names_and_begin_with_what_must_stay_silent() -> No
 def test_an_unknown_case_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="there is no case 'nothing at all'"):
         bench.chosen_cases(15, ["nothing at all"])
+
+
+def test_faults_in_the_running_engine_say_what_they_need(tmp_path: Path) -> None:
+    spec = EngineSpec(engine="vllm", model="m", dtype="bfloat16", options={"fault": "gelu for silu"}, env={})
+    with pytest.raises(EngineError, match="needs VLLM_ENABLE_V1_MULTIPROCESSING=0 and enforce_eager"):
+        vllm_faults.open_engine(spec, tmp_path)
+    with pytest.raises(EngineError, match="there is no fault 'relu'; there are gelu for silu, logit bias"):
+        vllm_faults.open_engine(replace(spec, options={"fault": "relu"}), tmp_path)
+
+
+def test_faults_in_the_running_engine_are_planted_in_vllm_only(tmp_path: Path) -> None:
+    (case,) = (c for c in bench.cases(1) if c.name == "KV cache fp8")
+    spec = EngineSpec(engine="vllm", model="m", dtype="bfloat16", options={"enforce_eager": True}, env={})
+    assert case.candidate(spec, tmp_path).options == {"enforce_eager": True, "kv_cache_dtype": "fp8"}
+    with pytest.raises(ValueError, match="the candidate is transformers"):
+        case.candidate(replace(spec, engine="transformers"), tmp_path)

@@ -82,6 +82,21 @@ def cases(layer: int) -> tuple[Case, ...]:
 
         return spoilt
 
+    def in_vllm(**changes: object) -> Callable[[EngineSpec, Path], EngineSpec]:
+        def spoilt(spec: EngineSpec, _: Path) -> EngineSpec:
+            if spec.engine != "vllm":
+                raise ValueError(f"this fault is planted in vllm, and the candidate is {spec.engine_label}")
+            engine = str(Path(__file__).with_name("vllm_faults.py")) if "fault" in changes else spec.engine
+            return replace(spec, engine=engine, options={**spec.options, **changes})
+
+        return spoilt
+
+    running: tuple[tuple[str, Callable[[EngineSpec, Path], EngineSpec]], ...] = (
+        ("gelu for silu", in_vllm(fault="gelu for silu")),
+        ("logit bias 0.05", in_vllm(fault="logit bias 0.05")),
+        ("KV cache fp8", in_vllm(kv_cache_dtype="fp8")),
+        ("sliding window 64", in_vllm(hf_overrides={"sliding_window": 64})),
+    )
     harmless: tuple[tuple[str, Callable[[EngineSpec, Path], EngineSpec]], ...] = (
         ("nothing changed", lambda spec, _: spec),
         ("batches of 4", options(max_num_seqs=4)),
@@ -97,6 +112,7 @@ def cases(layer: int) -> tuple[Case, ...]:
             # Tokenizer and template faults change the prompt, not the engine: the inputs check sees them.
             if f.computes_otherwise
         ),
+        *(Case(name=n, fault=True, computes_otherwise=True, candidate=c) for n, c in running),
     )
 
 
@@ -236,8 +252,11 @@ class Bench:
         return [draw.choice(total, size=size, replace=False) for _ in range(self.draws)]
 
     def _keep(self, rows: Sequence[Row]) -> None:
+        """Rows of earlier runs stay; one measured again takes its old place."""
         path = self.directory / "rows.json"
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", "utf-8")
+        known = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        merged = {row["name"]: row for row in known} | {row.name: asdict(row) for row in rows}
+        path.write_text(json.dumps(list(merged.values()), indent=1) + "\n", "utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
