@@ -32,15 +32,20 @@ VOCABULARY, K = 200, 20
 T1 = replace(SamplingParams.greedy(max_tokens=64, logprobs=K), temperature=1.0, seed=None)
 
 
-def policy(p: Floats, asked: SamplingParams) -> Floats:
-    """What is sampled from, over the whole vocabulary, step by step as vLLM does it. Shapes: [N, V]."""
+def policy(p: Floats, asked: SamplingParams, *, keep_ties: bool = False) -> Floats:
+    """What is sampled from, over the whole vocabulary, step by step as vLLM does it. Shapes: [N, V].
+
+    `keep_ties`: tokens as probable as the last of the top k stay too, as in vLLM.
+    """
     w = p ** (1 / asked.temperature)
     w /= w.sum(axis=1, keepdims=True)
     order = np.argsort(-w, axis=1)
     w = np.take_along_axis(w, order, axis=1)
     if asked.min_p:
         w[w < asked.min_p * w[:, :1]] = 0.0
-    if asked.top_k:
+    if asked.top_k and keep_ties:
+        w[w < w[:, asked.top_k - 1 : asked.top_k]] = 0.0
+    elif asked.top_k:
         w[:, asked.top_k :] = 0.0
     w /= w.sum(axis=1, keepdims=True)
     w[np.cumsum(w, axis=1) - w >= asked.top_p] = 0.0 if asked.top_p < 1.0 else w[np.cumsum(w, axis=1) - w >= 1.0]
@@ -49,9 +54,11 @@ def policy(p: Floats, asked: SamplingParams) -> Floats:
     return q
 
 
-def distributions(rng: np.random.Generator, n: int) -> Floats:
-    """Raw distributions from peaked to flat, as log-probabilities. Shape: [n, V]."""
+def distributions(rng: np.random.Generator, n: int, *, grid: float = 0.0) -> Floats:
+    """Raw distributions from peaked to flat, as log-probabilities, of logits on a grid. Shape: [n, V]."""
     logits = rng.normal(size=(n, VOCABULARY)) * rng.uniform(2.0, 6.0, size=(n, 1))
+    if grid:
+        logits = np.round(logits / grid) * grid
     return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
 
 
@@ -64,12 +71,16 @@ def simulated(
     tokens: int = 64,
     greedy: bool = False,
     repeats: int = 1,
+    grid: float = 0.0,
 ) -> Recording:
-    """An engine that was asked one thing and applied another; `repeats` > 1 gives each answer that many times."""
+    """An engine that was asked one thing and applied another; `repeats` > 1 gives each answer that many times.
+
+    `grid`: step of its logits, as 16 bits make it; then it keeps ties at the edge of the top k.
+    """
     rng = np.random.default_rng(seed)
     n = prompts * tokens
-    logprobs = distributions(rng, n)
-    q = np.cumsum(policy(np.exp(logprobs), applied), axis=1)
+    logprobs = distributions(rng, n, grid=grid)
+    q = np.cumsum(policy(np.exp(logprobs), applied, keep_ties=bool(grid)), axis=1)
     drawn = (q < rng.random((n, 1)) * q[:, -1:]).sum(axis=1)
     if greedy:
         drawn = logprobs.argmax(axis=1)
@@ -485,6 +496,14 @@ def rates(runs: int) -> str:
             shares.append(sum(bool(failed(judged(run, correct_as(run)))) for run in made) / runs)
         lines.append(f"| {name} | {' | '.join(f'{share:.3f}' for share in shares)} |")
     return "\n".join(lines) + "\n"
+
+
+def test_ties_that_an_engine_keeps_at_the_edge_of_top_k_are_no_violations() -> None:
+    """Logits in bfloat16 step by 0.125: ties at the edge add tokens to top_k, and with them the nucleus reaches on."""
+    asked = replace(T1, temperature=0.8, top_k=10, top_p=0.95)
+    verdicts = [judged(simulated(asked, asked=asked, seed=seed, grid=0.125)) for seed in range(8)]
+    assert not [v for v in verdicts if v.outcome is Outcome.FAIL]
+    assert not [f.candidate for v in verdicts for f in v.findings if f.metric == "support" and f.candidate]
 
 
 if __name__ == "__main__":

@@ -252,6 +252,11 @@ def _policy(steps: _Steps, asked: SamplingParams, limits: Limits) -> _Policy:
         add(f"min_p {asked.min_p:g}", top[:, 0] + asked.temperature * lowest, np.ones(len(steps), np.bool_))
         kept &= scaled >= lowest
         cut_tail(~kept[:, -1])
+    # Which of two equally probable tokens an edge keeps, or whether both, is the engine's choice. Logits in 16 bits tie
+    # often, and what a tie at the edge of top_k adds also moves the nucleus of top_p, which comes after it.
+    tied_k = np.zeros(len(steps), np.bool_)
+    if 0 < asked.top_k < k:
+        tied_k = top[:, asked.top_k - 1] - top[:, asked.top_k] < limits.edge_nats
     if asked.top_k > 0:
         edge = top[:, asked.top_k - 1] if asked.top_k <= k else np.full(len(steps), -np.inf)
         add(f"top_k {asked.top_k}", edge, np.full(len(steps), asked.top_k <= k))
@@ -264,15 +269,14 @@ def _policy(steps: _Steps, asked: SamplingParams, limits: Limits) -> _Policy:
         before = (np.cumsum(inside, axis=1) - inside) / whole[:, None]
         wide = asked.top_p + limits.top_p_margin
         last = np.maximum((kept & (before < wide)).sum(axis=1) - 1, 0)
-        seen = inside.sum(axis=1) / whole >= wide
+        seen = (inside.sum(axis=1) / whole >= wide) & ~tied_k
         add(f"top_p {asked.top_p:g}", _at(top, last), seen)
         kept &= before < asked.top_p
         cut_tail(inside.sum(axis=1) / whole >= asked.top_p)
     q = np.concatenate([np.where(kept, weight, 0.0), tail[:, None]], axis=1)
     q /= q.sum(axis=1, keepdims=True)
     last = np.maximum(kept.sum(axis=1) - 1, 0)
-    # Which of two equally probable tokens an edge keeps, or whether both, is the engine's choice.
-    tied = (last < k - 1) & (_at(top, last) - _at(top, np.minimum(last + 1, k - 1)) < limits.edge_nats)
+    tied = tied_k | ((last < k - 1) & (_at(top, last) - _at(top, np.minimum(last + 1, k - 1)) < limits.edge_nats))
     q[tied] = np.nan
     return _Policy(q=q, ceiling=np.where(np.isnan(q[:, 0]), np.minimum(ceiling, 1.0), q[:, 0]), filters=tuple(filters))
 
