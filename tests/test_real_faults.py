@@ -66,10 +66,12 @@ def with_engine(file: str) -> Target:
 def test_rope_theta_1e4_for_1e5_fails_and_the_configuration_is_named(
     judged: Judged, model: Path, tmp_path: Path
 ) -> None:
-    verdicts = judged("rope-theta", with_model(plant.rope_theta(model, tmp_path / "model", value=10000.0)), 32)
+    spoilt = plant.rope_theta(model, tmp_path / "model", value=10000.0)
+    verdicts = judged("rope-theta", replace(with_model(spoilt), logic=None), 32)
     assert verdicts["inputs"].outcome is Outcome.PASS
     assert verdicts["greedy"].outcome is Outcome.FAIL
     assert any("rope_theta is 100000.0 in the reference and 10000.0" in c for c in verdicts["greedy"].causes)
+    assert verdicts["lockstep"].outcome is Outcome.FAIL
 
 
 def test_an_altered_chat_template_fails_inputs_and_nothing_else(judged: Judged, model: Path, tmp_path: Path) -> None:
