@@ -43,6 +43,7 @@ def synthetic(prompts: int, *, swapped: bool) -> list[Completion]:
         ids = random.integers(1000, 49000, size=(TOKENS, 1)) + np.arange(K)
         top = -np.sort(random.gamma(4.0, 2.5, size=(TOKENS, K)).astype(np.float32), axis=1)
         diverges, position = random.random() < 0.7, int(random.integers(TOKENS))
+        top[position, 1:] = np.minimum(top[position, 1:], top[position, 0] - 0.03)
         top[position, 1] = top[position, 0] - 0.03
         top -= np.log(np.exp(top).sum(axis=1, keepdims=True) / 0.95)  # 5 % lies outside the top 20
         if swapped and diverges:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
 
 _CHUNK = 4096
+_PROMPTS = 256
 _SMALLEST_TAIL = 2.0**-22
 """Probability below which one minus a float32 sum is rounding and no longer a tail."""
 
@@ -122,28 +123,34 @@ def measure(reference: Recording, candidate: Recording) -> Steps:
         _require_comparable(ours, theirs)
     if not pairs:
         raise IncomparableError("the two recordings share no prompt with an answer; record both from one workload")
-    ids, top, chosen = _joined([ours for ours, _ in pairs])
-    other_ids, other_top, other_chosen = _joined([theirs for _, theirs in pairs])
-    count = len(chosen)
-    into = _Columns.of(count)
-    for start in range(0, count, _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        _compare((ids[rows], top[rows]), (other_ids[rows], other_top[rows]), into.part(rows))
-    lengths = [len(ours.token_ids) for ours, _ in pairs]
+    starts = np.cumsum([0, *(len(ours.token_ids) for ours, _ in pairs)])
+    into = _Columns.of(int(starts[-1]))
+    for first in range(0, len(pairs), _PROMPTS):
+        # A few prompts at a time: joining whole recordings would double the memory they take.
+        some = pairs[first : first + _PROMPTS]
+        span = into.part(slice(int(starts[first]), int(starts[first + len(some)])))
+        ids, top, chosen = _joined([ours for ours, _ in some])
+        other_ids, other_top, other_chosen = _joined([theirs for _, theirs in some])
+        for start in range(0, len(chosen), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            _compare((ids[rows], top[rows]), (other_ids[rows], other_top[rows]), span.part(rows))
+        with np.errstate(invalid="ignore"):
+            span.delta[:] = other_chosen.astype(np.float64) - chosen
+        span.broken[:] = _broken(top, chosen) | _broken(other_top, other_chosen)
     return Steps(
         prompt_ids=tuple(ours.id for ours, _ in pairs),
-        starts=np.cumsum([0, *lengths]),
+        starts=starts,
         context=np.concatenate([len(c.prompt_token_ids) + np.arange(len(c.token_ids)) for c, _ in pairs]),
         kl_nats=into.kl,
         covered=into.covered,
         half_variance_nats2=into.half_variance,
-        delta_nats=other_chosen.astype(np.float64) - chosen,
+        delta_nats=into.delta,
         shift_nats=into.shift,
         gap_nats=into.gap,
         slack_nats=into.slack,
         outside=into.outside,
         flipped=into.flipped,
-        broken=_broken(top, chosen) | _broken(other_top, other_chosen),
+        broken=into.broken,
     )
 
 
@@ -190,14 +197,15 @@ class _Columns(NamedTuple):
     shift: Floats
     gap: Floats
     slack: Floats
+    delta: Floats
     outside: Bools
     flipped: Bools
+    broken: Bools
 
     @classmethod
     def of(cls, count: int) -> _Columns:
-        floats = np.empty((6, count))
-        bools = np.zeros((2, count), bool)
-        return cls(floats[0], floats[1], floats[2], floats[3], floats[4], floats[5], bools[0], bools[1])
+        floats, bools = np.empty((7, count)), np.zeros((3, count), bool)
+        return cls._make([*floats, *bools])
 
     def part(self, rows: slice) -> _Columns:
         return _Columns._make(column[rows] for column in self)
