@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
 from parity.errors import ConfigError
@@ -47,6 +48,25 @@ class Prompt:
             raise ConfigError(f"prompt {self.id!r} must have exactly one of text, messages, token_ids; it has {found}")
 
 
+class Grammar(str, Enum):
+    """The ways to say what a structured answer must look like."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structured:
+    """What every answer must match as a whole.
+
+    definition: the JSON text of a schema, a regular expression, or the JSON text of a list of strings.
+    """
+
+    grammar: Grammar
+    definition: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample. Every field is sent to every engine, so that no engine default ever decides.
@@ -54,6 +74,7 @@ class SamplingParams:
     The same empty object means greedy in TensorRT-LLM and temperature 1 in vLLM; hence no field has a default here.
     `top_k` 0 and `top_p` 1 keep all tokens. `logprobs` is the number of top tokens returned with each token, in nats,
     before temperature and filters ("raw"). One completion per request: repeats are requests of their own.
+    `structured` None leaves the answer free.
     """
 
     temperature: float
@@ -70,6 +91,7 @@ class SamplingParams:
     presence_penalty: float
     frequency_penalty: float
     logprobs: int
+    structured: Structured | None
 
     @classmethod
     def greedy(cls, *, max_tokens: int, logprobs: int) -> SamplingParams:
@@ -89,6 +111,7 @@ class SamplingParams:
             presence_penalty=0.0,
             frequency_penalty=0.0,
             logprobs=logprobs,
+            structured=None,
         )
 
     @property
@@ -98,8 +121,18 @@ class SamplingParams:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SamplingParams:
-        """Read what `dataclasses.asdict` wrote."""
-        return cls(**{**data, "stop": tuple(data["stop"]), "stop_token_ids": tuple(data["stop_token_ids"])})
+        """Read what `dataclasses.asdict` wrote, also before answers could be structured."""
+        structured = data.get("structured")
+        return cls(
+            **{
+                **data,
+                "stop": tuple(data["stop"]),
+                "stop_token_ids": tuple(data["stop_token_ids"]),
+                "structured": None
+                if structured is None
+                else Structured(grammar=Grammar(structured["grammar"]), definition=structured["definition"]),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +141,19 @@ class Request:
 
     `forced_token_ids` asks for teacher forcing: the engine scores these tokens instead of choosing its own.
     `prompt_token_ids` are filled in once, by the reference's tokenizer, and then sent to every engine.
+    Requests of one `turn` go to the engine as one offline batch, turn after turn.
+    `stream` asks for the answer piece by piece; its text is the pieces put together.
+    `reuse_prefix` lets the engine take the beginning of the prompt from its prefix cache, which no other request may:
+    a cached prefix changes numerics.
     """
 
     prompt: Prompt
     sampling: SamplingParams
     forced_token_ids: tuple[int, ...] | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    turn: int = 0
+    stream: bool = False
+    reuse_prefix: bool = False
 
     @property
     def id(self) -> str:
@@ -145,8 +185,12 @@ class Workload:
                 "text": request.prompt.text,
                 "messages": [[m.role, m.content] for m in request.prompt.messages or ()],
                 "token_ids": request.prompt.token_ids,
-                "sampling": asdict(request.sampling),
+                "sampling": {k: v for k, v in asdict(request.sampling).items() if k != "structured" or v},
                 "forced": request.forced_token_ids,
+                # Left out where they are ordinary: the digests of plain questions never change.
+                **({"turn": request.turn} if request.turn else {}),
+                **({"stream": True} if request.stream else {}),
+                **({"reuse_prefix": True} if request.reuse_prefix else {}),
             }
             for request in self.requests
         ]
@@ -225,12 +269,14 @@ def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
 
 
 def request_to_json(request: Request) -> dict[str, Any]:
-    """The wire form of a request."""
+    """The wire form of a request; its turn is the host's business."""
     return {
         "prompt": prompt_to_json(request.prompt),
         "sampling": asdict(request.sampling),
         "forced_token_ids": request.forced_token_ids,
         "prompt_token_ids": request.prompt_token_ids,
+        "stream": request.stream,
+        "reuse_prefix": request.reuse_prefix,
     }
 
 
@@ -242,4 +288,6 @@ def request_from_json(data: Mapping[str, Any]) -> Request:
         sampling=SamplingParams.from_json(data["sampling"]),
         forced_token_ids=None if forced is None else tuple(forced),
         prompt_token_ids=None if sent is None else tuple(sent),
+        stream=data["stream"],
+        reuse_prefix=data["reuse_prefix"],
     )

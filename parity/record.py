@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeAlias
 
 from parity import environments, models, store
 from parity.engines import EngineSpec, Progress
 from parity.errors import RecordingError
 from parity.fingerprint import Fingerprint
-from parity.prompts import Workload, sha256_of_json
+from parity.prompts import Request, Workload, sha256_of_json
 from parity.recording import Completion, Recording, WorkloadRecord, missing_ids
 from parity.session import Session, TimeLimits
 
 _CODE_OF_A_RECORDING = ("worker.py", "recording.py", "prompts.py", "fingerprint.py")
+
+
+Sequel: TypeAlias = "Callable[[Mapping[str, Recording]], Workload]"
+"""A workload that is made from the answers to the ones before it."""
 
 
 class Observer(Protocol):
@@ -70,8 +75,10 @@ class Recorder:
     fresh: bool = False
     limits: TimeLimits = field(default_factory=TimeLimits)
 
-    def record(self, spec: EngineSpec, jobs: Mapping[str, Workload]) -> dict[str, Recording]:
+    def record(self, spec: EngineSpec, jobs: Mapping[str, Workload | Sequel]) -> dict[str, Recording]:
         """Answer each named workload on the engine, starting it once, or not at all if all answers are there.
+
+        A job may be made from what the jobs before it were answered.
 
         Raises:
             ProvisionError: If the environment or the model cannot be provided.
@@ -81,29 +88,29 @@ class Recorder:
         python, environment = self._interpreter(spec)
         model = self._model(spec)
         label = _label(spec)
-        keys = {name: _key(spec, workload, model, environment) for name, workload in jobs.items()}
         done: dict[str, Recording] = {}
-        for name in jobs:
-            found = None if self.fresh or environment is None else self._reusable(name, keys[name])
-            if found is not None:
-                self.observer.note(f"{name}: {found.label}, already recorded {found.created_at}; nothing to run")
-                done[name] = found
-        waiting = {name: workload for name, workload in jobs.items() if name not in done}
-        if waiting:
-            command = [*spec.launcher, python, "-m", "parity.worker"]
-            log = self.directory / "logs" / f"{next(iter(waiting))}.log"
-            with store.disk_errors_named(self.directory):
-                log.parent.mkdir(parents=True, exist_ok=True)
-                log.unlink(missing_ok=True)
-            with (
-                _devices_locked(spec, self.observer),
-                Session(label=label, command=command, log=log, limits=self.limits) as session,
-            ):
-                fingerprint = self._open(session, spec, model, label)
-                for name, workload in waiting.items():
-                    partial = _Partial(self._partial_directory(name, keys[name]), fingerprint)
-                    done[name] = self._answer(session, spec, name, workload, partial, keys[name])
-        return {name: done[name] for name in jobs}
+        with contextlib.ExitStack() as running:
+            session: Session | None = None
+            for name, job in jobs.items():
+                workload = job if isinstance(job, Workload) else job(done)
+                key = _key(spec, workload, model, environment)
+                found = None if self.fresh or environment is None else self._reusable(name, key)
+                if found is not None:
+                    self.observer.note(f"{name}: {found.label}, already recorded {found.created_at}; nothing to run")
+                    done[name] = found
+                    continue
+                if session is None:
+                    command = [*spec.launcher, python, "-m", "parity.worker"]
+                    log = self.directory / "logs" / f"{name}.log"
+                    with store.disk_errors_named(self.directory):
+                        log.parent.mkdir(parents=True, exist_ok=True)
+                        log.unlink(missing_ok=True)
+                    running.enter_context(_devices_locked(spec, self.observer))
+                    session = running.enter_context(Session(label=label, command=command, log=log, limits=self.limits))
+                    fingerprint = self._open(session, spec, model, label)
+                partial = _Partial(self._partial_directory(name, key), fingerprint)
+                done[name] = self._answer(session, spec, name, workload, partial, key)
+        return done
 
     def _interpreter(self, spec: EngineSpec) -> tuple[str, str | None]:
         """The engine's interpreter, and its locked environment's digest if it lives in one."""
@@ -147,7 +154,7 @@ class Recorder:
         what = f"{name}: {_label(spec)}"
         self.observer.progress(what, resumed, len(ids), "")
         with store.disk_errors_named(partial.directory), partial.appending() as keep:
-            for answer in session.run(to_run) if to_run else ():
+            for answer in _by_turns(session, to_run):
                 if isinstance(answer, Completion):
                     keep(answer)
                     finished[answer.id] = answer
@@ -241,16 +248,20 @@ class _Keep:
 
 
 def _header(spec: EngineSpec, workload: Workload, fingerprint: Fingerprint, resumed: int, key: str) -> dict[str, Any]:
-    summary = WorkloadRecord(
-        name=workload.name,
-        digest=workload.digest,
-        forced_from=workload.forced_from,
-        sampling=workload.requests[0].sampling,
-        request_ids=tuple(r.id for r in workload.requests),
-    )
     return store.make_header(
-        spec=spec, workload=summary, fingerprint=fingerprint, created_at=_now(), resumed=resumed, key=key
+        spec=spec,
+        workload=WorkloadRecord.of(workload),
+        fingerprint=fingerprint,
+        created_at=_now(),
+        resumed=resumed,
+        key=key,
     )
+
+
+def _by_turns(session: Session, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
+    """One offline batch a turn."""
+    for _, turn in itertools.groupby(sorted(requests, key=lambda r: r.turn), key=lambda r: r.turn):
+        yield from session.run(list(turn))
 
 
 def _label(spec: EngineSpec) -> str:

@@ -4,6 +4,7 @@ Holds the wire form (JSON Lines, one completion a line) that workers stream. How
 by `parity.store`. Standard library only: engines' interpreters import this file.
 
 Schema history, newest first:
+2  sampling parameters of single requests (`sampling_changes`); `decoded_text`
 1  first version
 """
 
@@ -13,16 +14,16 @@ import base64
 import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any
 
 from parity.engines import EngineSpec
 from parity.fingerprint import Fingerprint
-from parity.prompts import SamplingParams
+from parity.prompts import SamplingParams, Workload
 
-SCHEMA = 1
+SCHEMA = 2
 
 NO_TOKEN = -1
 """Fills the rest of a top-k row that an engine left short; its log-probability is -inf."""
@@ -137,6 +138,7 @@ class Completion:
         where the prompt was given as token ids, or under teacher forcing.
     token_ids, logprobs: the body without its terminator; under teacher forcing the forced tokens and their scores.
     text: the engine's own detokenisation of the body; None under teacher forcing.
+    decoded_text: what the engine's tokenizer makes of all of `token_ids` at once, where that is not `text`; else None.
     """
 
     id: str
@@ -150,6 +152,7 @@ class Completion:
     stop_reason: str | int | None
     logprobs: TokenLogprobs | None
     timing: Timing
+    decoded_text: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The wire form: one JSON object with the log-probabilities inside."""
@@ -172,13 +175,34 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadRecord:
-    """What a recording keeps of its workload: enough to know whether two recordings answered the same question."""
+    """What a recording keeps of its workload: enough to know whether two recordings answered the same question.
+
+    sampling: of the first request, and of all that `others` does not name.
+    """
 
     name: str
     digest: str
     forced_from: str | None
     sampling: SamplingParams
     request_ids: tuple[str, ...]
+    others: Mapping[str, SamplingParams] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, workload: Workload) -> WorkloadRecord:
+        """What to keep of a workload that has at least one request."""
+        common = workload.requests[0].sampling
+        return cls(
+            name=workload.name,
+            digest=workload.digest,
+            forced_from=workload.forced_from,
+            sampling=common,
+            request_ids=tuple(r.id for r in workload.requests),
+            others={r.id: r.sampling for r in workload.requests if r.sampling != common},
+        )
+
+    def sampling_of(self, request_id: str) -> SamplingParams:
+        """What one request asked for."""
+        return self.others.get(request_id, self.sampling)
 
 
 @dataclass(frozen=True)
@@ -226,6 +250,7 @@ def completion_text_to_json(completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason.value,
         "stop_reason": completion.stop_reason,
         "timing": asdict(completion.timing),
+        **({} if completion.decoded_text is None else {"decoded_text": completion.decoded_text}),
     }
 
 
@@ -252,6 +277,7 @@ def completion_from_json(
         stop_reason=data["stop_reason"],
         logprobs=logprobs,
         timing=Timing(**data["timing"]),
+        decoded_text=data.get("decoded_text"),
     )
 
 

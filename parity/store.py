@@ -102,6 +102,10 @@ def make_header(
             "digest": workload.digest,
             "forced_from": workload.forced_from,
             "sampling": asdict(workload.sampling),
+            "sampling_changes": {
+                id_: {k: v for k, v in asdict(own).items() if v != getattr(workload.sampling, k)}
+                for id_, own in workload.others.items()
+            },
         },
         "fingerprint": fingerprint.to_json(),
     }
@@ -221,14 +225,19 @@ def disk_errors_named(path: Path) -> Iterator[None]:
 
 def _recording(header: Mapping[str, Any], completions: tuple[Completion, ...]) -> Recording:
     workload = header["workload"]
+    common = workload["sampling"]
     return Recording(
         spec=EngineSpec.from_json(header["engine"]),
         workload=WorkloadRecord(
             name=workload["name"],
             digest=workload["digest"],
             forced_from=workload["forced_from"],
-            sampling=SamplingParams.from_json(workload["sampling"]),
+            sampling=SamplingParams.from_json(common),
             request_ids=tuple(c.id for c in completions),
+            others={
+                id_: SamplingParams.from_json({**common, **changes})
+                for id_, changes in workload.get("sampling_changes", {}).items()
+            },
         ),
         fingerprint=Fingerprint.from_json(header["fingerprint"]),
         completions=completions,

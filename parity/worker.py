@@ -148,11 +148,29 @@ def _answers(engine: Engine, requests: list[Request]) -> Iterator[Completion | P
         ids = own[request.id].token_ids if ids is None else ids
         ready.append(replace(request, prompt_token_ids=ids))
     for answer in engine.generate(ready):
-        if isinstance(answer, Completion) and answer.id in own:
-            mine = own[answer.id]
-            yield replace(answer, own_prompt_token_ids=mine.token_ids, prompt_text=mine.text)
+        if isinstance(answer, Completion):
+            added: dict[str, Any] = {}
+            if mine := own.get(answer.id):
+                added = {"own_prompt_token_ids": mine.token_ids, "prompt_text": mine.text}
+            if (decoded := _decoded_otherwise(engine, answer)) is not None:
+                added["decoded_text"] = decoded
+            yield replace(answer, **added)
         else:
             yield answer
+
+
+def _decoded_otherwise(engine: Engine, answer: Completion) -> str | None:
+    """What the engine's tokenizer makes of the answer's tokens, if that is not its text."""
+    if answer.text is None:
+        return None
+    decoded = engine.detokenize(answer.token_ids)
+    if decoded is None or decoded == answer.text:
+        return None
+    # Some tokenizers drop or add a space at the very beginning; an engine decodes behind its prompt.
+    prompt = answer.prompt_token_ids
+    before, whole = engine.detokenize(prompt), engine.detokenize(prompt + answer.token_ids)
+    behind = before is not None and whole is not None and whole == before + answer.text
+    return None if behind else decoded
 
 
 def _adapter(name: str) -> ModuleType:

@@ -14,7 +14,7 @@ import pytest
 import recordings
 from drills import Suite, counting_engine, starts
 from parity import cli, store
-from parity.recording import Completion, Recording
+from parity.recording import SCHEMA, Completion, Recording
 
 EXIT_CODES = "0 pass, 1 fail, 2 usage error or could not judge, 3 inconclusive, 130 interrupted"
 
@@ -187,7 +187,7 @@ def test_show_says_what_a_recording_is(reference: str, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     made = store.read(Path(reference))
     assert out.startswith("replay 1 float32, tiny, ")
-    assert f"recording {made.digest[:12]}, schema 1, 40 completions" in out
+    assert f"recording {made.digest[:12]}, schema {SCHEMA}, 40 completions" in out
     assert f"  model.weights_sha256: {'1' * 64}" in out
 
 

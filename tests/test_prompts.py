@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 import parity
 from parity.errors import ConfigError
 from parity.prompts import (
+    Grammar,
     Message,
     Prompt,
     Request,
     SamplingParams,
+    Structured,
     Workload,
     prompt_from_json,
     prompt_to_json,
@@ -51,6 +53,7 @@ OTHER: dict[str, Any] = {
     "presence_penalty": 0.1,
     "frequency_penalty": 0.1,
     "logprobs": 5,
+    "structured": Structured(grammar=Grammar.REGEX, definition="a+"),
 }
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)

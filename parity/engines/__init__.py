@@ -77,10 +77,17 @@ class Engine(Protocol):
     """A loaded engine. Made by the adapter's `open_engine(spec: EngineSpec, model: Path) -> Engine`."""
 
     def facts(self) -> Mapping[str, Scalar]:
-        """Versions and effective settings; "engine.version" is required."""
+        """Versions and effective settings; "engine.version" is required.
+
+        What not every engine can do is named here where it can: "engine.can_stream", "engine.can_structure",
+        "engine.can_reuse_prefix".
+        """
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
         """What the engine's own tokenizer and chat template make of each prompt."""
+
+    def detokenize(self, token_ids: Sequence[int]) -> str | None:
+        """The text of these tokens, special ones left out, decoded all at once; None where there is no tokenizer."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
         """Answer all requests as one offline batch; yield each completion as it finishes, in any order.

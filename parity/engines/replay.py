@@ -55,6 +55,10 @@ class ReplayEngine:
             found.append(TokenizedPrompt(text=recorded.prompt_text, token_ids=recorded.own_prompt_token_ids))
         return found
 
+    def detokenize(self, token_ids: Sequence[int]) -> str | None:  # noqa: ARG002  a replay has no tokenizer
+        """Nothing: what was recorded stays as it is."""
+        return None
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
         """The recorded completions, in the order asked."""
         for request in requests:

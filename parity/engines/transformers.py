@@ -85,6 +85,10 @@ class TransformersEngine:
         """Through the model directory's own tokenizer and chat template."""
         return [tokenize(self.tokenizer, p) for p in prompts]
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """By the model directory's own tokenizer."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
         """Generate, then score; each in groups of similar length, so that little is wasted on padding."""
         clock = _Clock()
@@ -101,7 +105,9 @@ class TransformersEngine:
         torch.cuda.empty_cache()
 
     def _refuse_impossible(self, request: Request) -> None:
-        """The model would go on beyond its positions; a comparison must not start from that."""
+        """What this engine cannot do, and what the model would do beyond its positions: no place to compare from."""
+        if request.stream or request.reuse_prefix or request.sampling.structured is not None:
+            raise EngineError(f"prompt {request.id!r}: this engine cannot stream, reuse prefixes or structure")
         given, forced = len(request.prompt_token_ids or ()), request.forced_token_ids
         answer = request.sampling.max_tokens if forced is None else len(forced)
         if min(given, answer) < 1:
@@ -284,7 +290,7 @@ class _Row:
 
     def _decoded(self) -> str:
         body = self.steps[: len(self.steps) - self.terminated]
-        return str(self.engine.tokenizer.decode([step.token_id for step in body], skip_special_tokens=True))
+        return self.engine.detokenize([step.token_id for step in body])
 
     def _cut_at_stop_string(self) -> bool:
         """Look for a stop string that the newest token completed; of several, the one that ends first.

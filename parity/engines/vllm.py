@@ -1,25 +1,28 @@
 """vLLM, in process, offline.
 
 Settings that would let an engine default decide are fixed: `generation_config="vllm"` (a model's own sampling
-defaults are never applied), prefix caching off (a cached prefix changes numerics), raw log-probabilities. The user's
-options win.
+defaults are never applied), raw log-probabilities. A cached prefix changes numerics, so only requests that ask for it
+read the prefix cache. The user's options win.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.engines import EngineSpec, Progress, TokenizedPrompt, tokenize
 from parity.errors import EngineError
-from parity.prompts import Prompt, Request
+from parity.prompts import Grammar, Prompt, Request, Structured
 from parity.recording import Completion, FinishReason, Terminator, Timing, TokenLogprobs
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     from parity.fingerprint import Scalar
 
@@ -45,6 +48,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         import vllm  # noqa: PLC0415  after the environment is set: vLLM reads it at import
+        import vllm.sampling_params  # noqa: PLC0415
 
         self._vllm = vllm
         self._llm = vllm.LLM(**self._arguments(spec, model))
@@ -57,7 +61,6 @@ class VllmEngine:
             "dtype": spec.dtype,
             "quantization": spec.quantization,
             "generation_config": "vllm",
-            "enable_prefix_caching": False,
             "seed": 0,
             "max_logprobs": 20,
             **spec.options,
@@ -74,36 +77,38 @@ class VllmEngine:
             "engine.kv_cache_dtype": str(config.cache_config.cache_dtype),
             "engine.prefix_caching": bool(config.cache_config.enable_prefix_caching),
             "engine.tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+            "engine.can_reuse_prefix": bool(config.cache_config.enable_prefix_caching),
+            "engine.can_stream": True,
+            "engine.can_structure": True,
         }
 
     def tokenize(self, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
         """Through the tokenizer that vLLM loaded, as its own chat and completions entry points do."""
         return [tokenize(self._tokenizer, p) for p in prompts]
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """By the tokenizer that vLLM loaded, all at once, as its own detokeniser never does."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
         """One offline batch."""
-        requests_of: dict[str, Request] = {}
         started_ns = time.perf_counter_ns()
         limit = self._llm.llm_engine.vllm_config.model_config.max_model_len
         for request in requests:
             _refuse_overlong(request, limit)
-        ids = self._llm.enqueue(
-            [{"prompt_token_ids": list(_input_ids(r))} for r in requests],
-            [self._sampling_params(r) for r in requests],
-            use_tqdm=False,
-        )
+        answers = {name: _Answer(request=request) for name, request in self._enqueue(requests)}
         submitted_ns = time.perf_counter_ns() - started_ns
-        # vLLM may append a random suffix to the id it was given; the output carries the part before it.
-        requests_of = {str(i).split("-", 1)[0]: r for i, r in zip(ids, requests, strict=True)}
         engine = self._llm.llm_engine
         finished_tokens, last_sign_s = 0, time.perf_counter()
         while engine.has_unfinished_requests():
             for output in engine.step():
+                answer = answers[_name(output.request_id)]
+                now_ns = time.perf_counter_ns() - started_ns
+                answer.take(output, now_ns)
                 if not output.finished:
                     continue
-                finished_ns = time.perf_counter_ns() - started_ns
-                timing = Timing(submitted_ns=submitted_ns, first_token_ns=None, finished_ns=finished_ns)
-                completion = self._completion(requests_of[str(output.request_id).split("-", 1)[0]], output, timing)
+                timing = Timing(submitted_ns=submitted_ns, first_token_ns=answer.first_token_ns, finished_ns=now_ns)
+                completion = answer.completion(output, timing)
                 finished_tokens += len(completion.token_ids)
                 yield completion
             if time.perf_counter() - last_sign_s > _PROGRESS_EVERY_S:
@@ -115,6 +120,23 @@ class VllmEngine:
         shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
         if shutdown is not None:
             shutdown()
+
+    def _enqueue(self, requests: Sequence[Request]) -> Iterator[tuple[str, Request]]:
+        """Hand all requests over; yields the name by which vLLM's outputs call each."""
+        whole = [r for r in requests if not r.stream]
+        ids = self._llm.enqueue(
+            [{"prompt_token_ids": list(_input_ids(r))} for r in whole],
+            [self._sampling_params(r) for r in whole],
+            use_tqdm=False,
+        )
+        yield from zip(map(_name, ids), whole, strict=True)
+        # `LLM` returns whole answers only; its engine hands out pieces, as vLLM's servers do.
+        for number, request in enumerate(r for r in requests if r.stream):
+            params = self._sampling_params(request)
+            params.output_kind = type(params.output_kind).DELTA
+            name = f"stream{number}"
+            self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(_input_ids(request))}, params)
+            yield name, request
 
     def _unfinished_tokens(self) -> int:
         """Tokens of answers still under way, for the progress bar only: all of a batch may finish at its very end."""
@@ -146,17 +168,53 @@ class VllmEngine:
             detokenize=not forced,
             skip_special_tokens=True,
             flat_logprobs=True,
+            skip_reading_prefix_cache=not request.reuse_prefix,
+            structured_outputs=None if forced or s.structured is None else self._structured(s.structured),
         )
 
-    def _completion(self, request: Request, output: RequestOutput, timing: Timing) -> Completion:
+    def _structured(self, wanted: Structured) -> StructuredOutputsParams:
+        params = self._vllm.sampling_params.StructuredOutputsParams
+        if wanted.grammar is Grammar.REGEX:
+            return params(regex=wanted.definition)
+        if wanted.grammar is Grammar.CHOICE:
+            return params(choice=json.loads(wanted.definition))
+        return params(json=wanted.definition)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Answer:
+    """One request on its way: all at once, or in pieces."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    chosen: list[float] = field(default_factory=list)
+    rows: list[list[tuple[int, float]]] = field(default_factory=list)
+    first_token_ns: int | None = None
+
+    def take(self, output: RequestOutput, now_ns: int) -> None:
+        """Put the newest piece behind the others; vLLM hands out one piece where no stream was asked."""
+        if self.request.forced_token_ids is not None:
+            return
+        piece = output.outputs[0]
+        if self.request.stream and piece.token_ids and self.first_token_ns is None:
+            self.first_token_ns = now_ns
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        chosen, rows = _rows(piece.logprobs, piece.token_ids, start=0, k=self.request.sampling.logprobs)
+        self.chosen += chosen
+        self.rows += rows
+
+    def completion(self, output: RequestOutput, timing: Timing) -> Completion:
+        """The whole answer, once vLLM says that it has finished."""
+        request, last = self.request, output.outputs[0]
         if request.forced_token_ids is not None:
             return _scored(request, output, timing)
-        answer = output.outputs[0]
-        token_ids = tuple(answer.token_ids)
-        finish = _FINISH_REASONS[answer.finish_reason]
-        logprobs = _token_logprobs(answer.logprobs, token_ids, start=0, k=request.sampling.logprobs)
+        finish = _FINISH_REASONS[last.finish_reason]
+        token_ids = tuple(self.token_ids)
+        logprobs = TokenLogprobs.from_rows(self.chosen, self.rows, k=request.sampling.logprobs)
         terminator = None
-        if finish is FinishReason.STOP and not isinstance(answer.stop_reason, str):
+        if finish is FinishReason.STOP and not isinstance(last.stop_reason, str):
             # vLLM keeps the end-of-sequence or stop token in token_ids; a stop string leaves ordinary tokens there.
             body = len(token_ids) - 1
             terminator = Terminator(token_id=token_ids[body], logprobs=logprobs.rows(body, body + 1))
@@ -167,19 +225,25 @@ class VllmEngine:
             own_prompt_token_ids=None,
             prompt_text=None,
             token_ids=token_ids,
-            text=answer.text,
+            text=self.text,
             terminator=terminator,
             finish_reason=finish,
-            stop_reason=answer.stop_reason,
+            stop_reason=last.stop_reason,
             logprobs=logprobs,
             timing=timing,
         )
 
 
+def _name(request_id: object) -> str:
+    """VLLM may append a random suffix to the id it was given; its outputs carry the part before it."""
+    return str(request_id).split("-", 1)[0]
+
+
 def _scored(request: Request, output: RequestOutput, timing: Timing) -> Completion:
     """Entry i of vLLM's prompt_logprobs scores prompt token i; the first entry is None."""
-    forced = request.forced_token_ids or ()
+    forced, k = request.forced_token_ids or (), request.sampling.logprobs
     start = len(output.prompt_token_ids) - len(forced)
+    chosen, rows = _rows(output.prompt_logprobs, forced, start=start, k=k)
     return Completion(
         id=request.id,
         prompt_token_ids=tuple(output.prompt_token_ids[:start]),
@@ -190,12 +254,14 @@ def _scored(request: Request, output: RequestOutput, timing: Timing) -> Completi
         terminator=None,
         finish_reason=FinishReason.LENGTH,
         stop_reason=None,
-        logprobs=_token_logprobs(output.prompt_logprobs, forced, start=start, k=request.sampling.logprobs),
+        logprobs=TokenLogprobs.from_rows(chosen, rows, k=k),
         timing=timing,
     )
 
 
-def _token_logprobs(flat: Any, token_ids: Sequence[int], *, start: int, k: int) -> TokenLogprobs:
+def _rows(
+    flat: Any, token_ids: Sequence[int], *, start: int, k: int
+) -> tuple[list[float], list[list[tuple[int, float]]]]:
     """Read vLLM's FlatLogprobs: at each position the token itself first, then the top k by rank."""
     chosen: list[float] = []
     rows: list[list[tuple[int, float]]] = []
@@ -208,7 +274,7 @@ def _token_logprobs(flat: Any, token_ids: Sequence[int], *, start: int, k: int) 
             )
         chosen.append(values[0])
         rows.append(list(zip(ids[1 : k + 1], values[1 : k + 1], strict=True)))
-    return TokenLogprobs.from_rows(chosen, rows, k=k)
+    return chosen, rows
 
 
 def _input_ids(request: Request) -> tuple[int, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from parity import store
 from parity.engines import EngineSpec
 from parity.fingerprint import Fingerprint
-from parity.prompts import Message, Prompt, Request, SamplingParams, Workload
+from parity.prompts import Grammar, Message, Prompt, Request, SamplingParams, Structured, Workload
 from parity.recording import SCHEMA, Completion, FinishReason, Terminator, Timing, TokenLogprobs, WorkloadRecord
 
 SEED = 20261123
@@ -49,6 +50,7 @@ def completion(rng: random.Random, prompt: Prompt, index: int) -> Completion:
         stop_reason=None,
         logprobs=scored(rng, token_ids) if index != 3 else None,
         timing=Timing(submitted_ns=0, first_token_ns=1_000_000 * (index + 1), finished_ns=10_000_000 * (index + 1)),
+        decoded_text="another" if index == 1 else None,
     )
 
 
@@ -56,16 +58,14 @@ def main() -> int:
     """Write the directory of the present schema; refuses where it exists."""
     rng = random.Random(SEED)
     sampling = SamplingParams.greedy(max_tokens=4, logprobs=K)
-    workload = Workload(name="old", requests=tuple(Request(prompt=p, sampling=sampling) for p in PROMPTS))
+    asked = [Request(prompt=p, sampling=sampling) for p in PROMPTS]
+    asked[2] = replace(
+        asked[2], sampling=replace(sampling, structured=Structured(grammar=Grammar.REGEX, definition="."))
+    )
+    workload = Workload(name="old", requests=tuple(asked))
     header = store.make_header(
         spec=EngineSpec(engine="drill", model="tiny", dtype="float32", options={"a": [1, None]}, env={"VLLM_A": "1"}),
-        workload=WorkloadRecord(
-            name=workload.name,
-            digest=workload.digest,
-            forced_from=None,
-            sampling=sampling,
-            request_ids=tuple(p.id for p in PROMPTS),
-        ),
+        workload=WorkloadRecord.of(workload),
         fingerprint=Fingerprint(
             identity={"dtype": "float32", "quantization": None, "model.weights_sha256": "1" * 64},
             context={"engine.version": "1", "host.cores": 2},

@@ -99,6 +99,10 @@ class DrillEngine:
         """UTF-8 bytes of the text or of a ChatML rendering."""
         return [_tokenize(prompt) for prompt in prompts]
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The bytes as text."""
+        return bytes(t for t in token_ids if t < END).decode("utf-8", "replace")
+
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
         """One after the other."""
         for request in requests:
@@ -155,7 +159,7 @@ class DrillEngine:
             own_prompt_token_ids=None,
             prompt_text=None,
             token_ids=tuple(token_ids),
-            text=None if forced is not None else bytes(t for t in token_ids if t < END).decode("utf-8", "replace"),
+            text=None if forced is not None else self.detokenize(token_ids),
             terminator=terminator,
             finish_reason=FinishReason.LENGTH if terminator is None else FinishReason.STOP,
             stop_reason=None if terminator is None or terminator.token_id == END else terminator.token_id,
@@ -218,7 +222,8 @@ def _refuse(request: Request) -> None:
     """Refused, never ignored: what this engine cannot do."""
     s = request.sampling
     plain = SamplingParams.greedy(max_tokens=s.max_tokens, logprobs=s.logprobs)
-    for name in ("temperature", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for name in ("temperature", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                 "structured"):  # fmt: skip
         if getattr(s, name) != getattr(plain, name):
             raise EngineError(f"the drill engine cannot honour {name} {getattr(s, name)!r} of prompt {request.id!r}")
     if outside := [t for t in request.forced_token_ids or () if not 0 <= t <= END]:
