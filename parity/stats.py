@@ -81,6 +81,21 @@ def detectable_share(*, n: int, count: int, power: float) -> float:
     return high
 
 
+def exact_interval(count: int, n: int, *, confidence: float) -> tuple[float, float]:
+    """Between which shares the true one lies when `count` of `n` units show it, with at least `confidence`.
+
+    Source: Clopper & Pearson 1934: the shares at which this count, or a more extreme one, just becomes improbable.
+
+    Raises:
+        ValueError: If `count` is not between 0 and `n`, or `confidence` is not between 0 and 1.
+    """
+    if not 0 <= count <= n or not 0.0 < confidence < 1.0:
+        raise ValueError(f"no interval for {count} of {n} units with confidence {confidence}")
+    tail = (1.0 - confidence) / 2
+    low = detectable_share(n=n, count=count, power=tail) if count else 0.0
+    return low, detectable_share(n=n, count=count + 1, power=1.0 - tail)
+
+
 def _falling_sum(first: float, ratios: Iterable[float]) -> float:
     """The sum of first, first * r0, first * r0 * r1, ..., until the terms no longer count; they must fall."""
     terms, term = [], first

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from parity.stats import binomial_tail, critical_count, detectable_share, log_ratio, poisson_tail, student_t_quantile
+from parity.stats import (
+    binomial_tail,
+    critical_count,
+    detectable_share,
+    exact_interval,
+    log_ratio,
+    poisson_tail,
+    student_t_quantile,
+)
 
 ALPHA, RATE = 0.002, 0.0025  # of the greedy check
 SHARES = st.floats(0.0, 1.0)
@@ -107,6 +115,28 @@ def test_detectable_shares_by_hand() -> None:
     assert detectable_share(n=1, count=1, power=0.9) == pytest.approx(0.9)
     assert detectable_share(n=2, count=1, power=0.9) == pytest.approx(1 - math.sqrt(0.1))
     assert detectable_share(n=2, count=3, power=0.9) == 1.0
+
+
+@given(n=st.integers(1, 300), confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.998]), data=st.data())
+def test_the_exact_interval_is_scipys(n: int, confidence: float, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, n))
+    found = exact_interval(count, n, confidence=confidence)
+    expected = stats.binomtest(count, n).proportion_ci(confidence, method="exact")
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-12)
+    assert found[0] <= count / n <= found[1]
+
+
+def test_exact_intervals_by_hand() -> None:
+    """None of ten: 1 - (1 - x)^10 = 0.975. All of ten: x^10 = 0.025. Of no units nothing is known."""
+    assert exact_interval(0, 10, confidence=0.95) == pytest.approx((0.0, 1 - 0.025**0.1))
+    assert exact_interval(10, 10, confidence=0.95) == pytest.approx((0.025**0.1, 1.0))
+    assert exact_interval(0, 0, confidence=0.95) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("count", "n", "confidence"), [(-1, 3, 0.9), (4, 3, 0.9), (1, 3, 0.0), (1, 3, 1.0)])
+def test_an_interval_that_does_not_exist_is_refused(count: int, n: int, confidence: float) -> None:
+    with pytest.raises(ValueError, match=f"no interval for {count} of {n} units"):
+        exact_interval(count, n, confidence=confidence)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 15, 31, 47, 127, 500])
