@@ -12,10 +12,10 @@ out. Source of the laws, of their limits and of the error rates: docs/checks/sha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,20 +23,16 @@ from parity import diagnose
 from parity.comparable import first_difference, require_same_inputs
 from parity.divergence import Pair, Scale, WrongEnd, compare_all, in_asked_order, wrong_end
 from parity.errors import IncomparableError
-from parity.lockstep import arrays
 from parity.noise import Noise
-from parity.recording import NO_TOKEN, Completion, FinishReason, Recording
+from parity.recording import Completion, FinishReason, Recording
+from parity.rows import Tolerance, examine
 from parity.stats import log_ratio, mcnemar
 from parity.verdict import Finding, Outcome, Verdict, worst
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 REQUIRES: tuple[str, ...] = ()
 _WITNESSES = 3
 _EXCERPT = 40
-_ENTRIES = 4  # of a top-k row in a witness
-_BLOCK = 64  # answers looked at together: numpy's cost per call no longer counts, and memory stays small
+_ROUNDING = Tolerance()
 _END_TOKENS = "end-of-sequence tokens"
 _over_prompts = partial(Finding, unit="prompts", interval=None)
 # What is wrong with an end by itself. The other kinds of wrong end rest on a token or string, which are laws here.
@@ -48,9 +44,7 @@ _ANY_SCALE = Scale(tie_nats=0.0, benign_nats=0.0, mismatch_nats=0.0)  # slack pl
 class Limits:
     """The numbers this check judges by. Source of each: docs/checks/shape.md, "Limits".
 
-    order_nats: how far a log-probability may lie above 0, or above the one ranked before it.
-    own_entry_nats: how far the chosen token's may lie from the entry in its own top-k row.
-    sum_excess: how far the probabilities of a top-k row may add up to more than 1.
+    order_nats, own_entry_nats, sum_excess: what rounding may do to the numbers, see `parity.rows.Tolerance`.
     shortest_ratio, longest_ratio: of the mean output lengths, candidate to reference.
     confidence: of the interval of that ratio.
     alpha: of each paired count.
@@ -60,9 +54,9 @@ class Limits:
         are degenerate: fails without a test, from `min_share_prompts` prompts on.
     """
 
-    order_nats: float = 1e-4
-    own_entry_nats: float = 1e-3
-    sum_excess: float = 1e-3
+    order_nats: float = _ROUNDING.order_nats
+    own_entry_nats: float = _ROUNDING.own_entry_nats
+    sum_excess: float = _ROUNDING.sum_excess
     shortest_ratio: float = 0.9
     longest_ratio: float = 1.1
     confidence: float = 0.99
@@ -74,6 +68,12 @@ class Limits:
     sound_share: float = 0.1
     min_share_prompts: int = 16
     min_prompts: int = 32
+
+    RATES: ClassVar[tuple[str, ...]] = ("alpha", "confidence")
+
+    def at(self, alpha: float) -> Limits:
+        """The same, with every rule of chance at this error rate."""
+        return replace(self, alpha=alpha, confidence=1.0 - 2.0 * alpha)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,106 +160,20 @@ def _require_answers(reference: Recording) -> None:
 # Laws ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """The N scored steps of some answers, terminators included. Shapes: ids int32 [N, K], top float32 [N, K], else [N].
-
-    owner: which answer each step belongs to; position: which step of it.
-    """
-
-    owner: NDArray[np.int64]
-    position: NDArray[np.int64]
-    token_ids: NDArray[np.int32]
-    chosen: NDArray[np.float32]
-    ids: NDArray[np.int32]
-    top: NDArray[np.float32]
-
-
-def _blocks(answers: Sequence[Completion]) -> Iterator[_Block]:
-    """A recording has one K, which the store sees to."""
-    for start in range(0, len(answers), _BLOCK):
-        parts = []
-        for owner, answer in enumerate(answers[start : start + _BLOCK], start):
-            end = answer.terminator
-            for first, token_ids, scores in (
-                (0, answer.token_ids, answer.logprobs),
-                (len(answer.token_ids), (end.token_id,) if end else (), end.logprobs if end else None),
-            ):
-                if scores is not None and len(scores):
-                    count = len(scores)
-                    steps = np.full(count, owner), np.arange(first, first + count), np.array(token_ids, np.int32)
-                    parts.append((*steps, np.frombuffer(scores.chosen, np.float32), *arrays(scores)))
-        if parts:
-            owner_, position, token_ids_, chosen, ids, top = map(np.concatenate, zip(*parts, strict=True))
-            yield _Block(owner=owner_, position=position, token_ids=token_ids_, chosen=chosen, ids=ids, top=top)
-
-
 def _numbers(own: Recording, _: Recording, limits: Limits) -> _Seen:
-    """Log-probabilities that no distribution has. A number that is none is never dropped: that improves every mean."""
-    answers = in_asked_order(own)
-    faults: list[_Fault] = []
+    """Log-probabilities that no distribution has."""
+    tolerance = Tolerance(
+        order_nats=limits.order_nats, own_entry_nats=limits.own_entry_nats, sum_excess=limits.sum_excess
+    )
+    rows = examine(in_asked_order(own), tolerance)
     causes: dict[str, str] = {}
-    scored = 0
-    for block in _blocks(answers):
-        scored += np.unique(block.owner).size
-        for (rule, cause), breaks in zip(_NUMBER_RULES, _broken(block, limits), strict=True):
-            rows = np.flatnonzero(breaks)
-            owners, first = np.unique(block.owner[rows], return_index=True)
-            for owner, row in zip(owners.tolist(), rows[first].tolist(), strict=True):
-                position, row_ids, values = int(block.position[row]), block.ids[row].tolist(), block.top[row].tolist()
-                shown = ", ".join(f"{i}: {v:.4g}" for i, v in list(zip(row_ids, values, strict=True))[:_ENTRIES])
-                witness = (
-                    f"{answers[owner].id}, token {position}: {block.token_ids[row]} has {block.chosen[row]:.4g} nats"
-                )
-                faults.append(_Fault(id=answers[owner].id, rule=rule, witness=f"{witness}; top-k row {shown}"))
-                on = bool(breaks[(block.owner == owner) & (block.position > position)].all())
-                value = "NaN" if np.isnan([block.chosen[row], *values]).any() else "an infinite log-probability"
-                causes.setdefault(
-                    rule, cause.format(where=f"{value} {'from' if on else 'at'} token {position}{' on' * on}")
-                )
-    return _Seen(n=scored, faults=tuple(faults), causes=tuple(dict.fromkeys(causes.values())))
-
-
-_MIXED = "top-k rows are put together wrongly"
-_NOT_NORMALISED = "the numbers are not log-probabilities of the whole vocabulary: logits, or not normalised"
-_NUMBER_RULES = (
-    ("with a log-probability that is not finite", "{where}: broken kernel or overflow"),
-    ("with a log-probability above 0", _NOT_NORMALISED),
-    ("with a top-k row that is not sorted", "top-k rows come in another order than by probability"),
-    (
-        "with a chosen token whose log-probability is not that of its own top-k row",
-        "the chosen token's log-probabilities are of another position or temperature than the top-k rows",
-    ),
-    ("with a top-k row whose probabilities add up to more than 1", _NOT_NORMALISED),
-    ("with a token that is twice in a top-k row", _MIXED),
-    ("with a gap inside a top-k row", _MIXED),
-)
-
-
-def _broken(block: _Block, limits: Limits) -> tuple[NDArray[np.bool_], ...]:
-    """For each of _NUMBER_RULES the steps [N] that break it. A masked token's -inf in a row is no fault."""
-    ids, filler = block.ids, block.ids == NO_TOKEN
-    hit = ids == block.token_ids[:, None]
-    ordered = np.sort(ids, axis=1)
-    # What is not finite breaks the first rule and no other: nothing is greater than NaN.
-    chosen = np.where(np.isfinite(block.chosen), block.chosen, np.nan)
-    top = np.where(np.isposinf(block.top), np.nan, block.top)
-    with np.errstate(invalid="ignore"):
-        entry = np.where(hit.any(axis=1), top[np.arange(len(ids)), hit.argmax(axis=1)], np.nan)
-        mass = np.exp(np.minimum(top, 0.0)).sum(axis=1)  # what lies above 0 breaks its own rule; a filler is -inf
-        return (
-            np.isnan(chosen) | _any(np.isnan(top)),
-            (chosen > limits.order_nats) | _any(top > limits.order_nats),
-            _any(top[:, 1:] > top[:, :-1] + limits.order_nats),
-            np.abs(entry - chosen) > limits.own_entry_nats,
-            mass > 1.0 + limits.sum_excess,
-            _any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)),
-            _any(filler[:, :-1] & ~filler[:, 1:]),
-        )
-
-
-def _any(rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return np.asarray(rows.any(axis=1))
+    for bad in rows.bad:
+        causes.setdefault(bad.rule, bad.cause)
+    return _Seen(
+        n=rows.scored,
+        faults=tuple(_Fault(id=bad.id, rule=bad.rule, witness=bad.witness) for bad in rows.bad),
+        causes=tuple(dict.fromkeys(causes.values())),
+    )
 
 
 def _ends(own: Recording, other: Recording, limits: Limits) -> _Seen:  # noqa: ARG001  all laws are called alike
