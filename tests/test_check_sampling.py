@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -433,6 +434,33 @@ def test_missing_log_probabilities_are_refused(edit: Callable[[Completion], Comp
     hidden = replace(run, completions=(edit(run.completions[0]), *run.completions[1:]))
     with pytest.raises(IncomparableError, match=rf"returned no log-probabilities for {part} of 'p-000-0', "):
         judged(hidden, run)
+
+
+def silent(probabilities: list[float], *, seed: int) -> Recording:
+    """An engine without log-probabilities: eight prompts, four draws each, by its own probabilities."""
+    draw = np.random.default_rng(seed)
+    answers = []
+    for number, repeat in itertools.product(range(8), range(4)):
+        token_ids = draw.choice(len(probabilities), size=24, p=probabilities).tolist()
+        made = completion(
+            f"p-{number}~{repeat}", prompt_token_ids=(1, number), token_ids=token_ids, terminator=None, rows=None
+        )
+        answers.append(made)
+    return recording(answers, sampling=T1)
+
+
+def test_two_engines_without_log_probabilities_are_never_passed() -> None:
+    flat = [0.25] * 4
+    verdict = judged(silent(flat, seed=1), silent(flat, seed=2))
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "no difference seen in the sampled answers of 8 prompts" in verdict.headline
+    assert "can be audited" in verdict.headline
+
+
+def test_an_engine_without_log_probabilities_that_samples_otherwise_fails() -> None:
+    verdict = judged(silent([0.55, 0.15, 0.15, 0.15], seed=1), silent([0.25] * 4, seed=2))
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.findings[0].evidence[0].startswith("farthest apart: p-")
 
 
 def test_stop_tokens_are_judged_too() -> None:

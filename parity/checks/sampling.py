@@ -25,11 +25,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from parity import diagnose
+from parity import diagnose, twosample
 from parity.comparable import require_same_inputs
 from parity.errors import IncomparableError
 from parity.noise import Noise
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 ROLES = ("sampled-reference", "sampled-candidate")
 REQUIRES: tuple[str, ...] = ()
 _WITNESSES = 3
+_PERMUTATIONS = 9999
 _MOVES_CHOICE: Mapping[str, float] = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -83,16 +84,24 @@ class Limits:
     settled: float = 0.95
     power: float = 0.9
 
+    RATES: ClassVar[tuple[str, ...]] = ("z", "ks_p")
+
+    def at(self, alpha: float) -> Limits:
+        """The same, with every rule of chance at this error rate."""
+        return replace(self, z=NormalDist().inv_cdf(1.0 - alpha / 2), ks_p=alpha)
+
 
 def check(reference: Recording, candidate: Recording, *, noise: Noise | None, limits: Limits) -> Verdict:  # noqa: ARG001
     """Audit the candidate's sampling, after the reference's; noise plays no part.
 
     Raises:
         IncomparableError: If the two were not asked the same, plain sampling was not asked, raw log-probabilities are
-            missing, or the reference itself does not sample as asked.
+            missing here and there, or the reference itself does not sample as asked.
     """
     require_same_inputs(reference, candidate)
     _require_plain_sampling(candidate)
+    if _tells_nothing(reference) or _tells_nothing(candidate):
+        return _black_box(reference, candidate, limits)
     ours, theirs = _audit(reference, limits), _audit(candidate, limits)
     if wrong := [f.sentence for f in ours.findings if f.outcome is Outcome.FAIL]:
         raise IncomparableError(
@@ -112,6 +121,56 @@ def check(reference: Recording, candidate: Recording, *, noise: Noise | None, li
         causes=theirs.causes if outcome is Outcome.FAIL else (),
         changed=diagnose.changed(reference, candidate),
         warnings=(f"the reference's own sampling could not be audited in full: {unsure[0]}",) if unsure else (),
+    )
+
+
+def _tells_nothing(recording: Recording) -> bool:
+    """Whether an engine returned no log-probabilities at all."""
+    return all(c.logprobs is None for c in recording.completions)
+
+
+def _black_box(reference: Recording, candidate: Recording, limits: Limits) -> Verdict:
+    """Without log-probabilities a difference can be shown and equality cannot."""
+    draws: dict[tuple[int, ...], tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = defaultdict(lambda: ([], []))
+    for side, recording in enumerate((reference, candidate)):
+        for answer in sorted(recording.completions, key=lambda c: c.id):
+            draws[answer.prompt_token_ids][side].append(answer.token_ids)
+    pairs = list(draws.values())
+    found = twosample.compare(
+        [ours for ours, _ in pairs], [theirs for _, theirs in pairs], permutations=_PERMUTATIONS, seed=0
+    )
+    failed = found.p <= limits.ks_p
+    said = f"the sampled answers of {found.prompts} prompts differ between the engines (p {found.p:.2g})"
+    if not failed:
+        said = (
+            f"no difference seen in the sampled answers of {found.prompts} prompts (p {found.p:.2g}), and none would "
+            "be seen unless it were large: an engine that returns log-probabilities can be audited"
+        )
+    ids = [min(c.id for c in candidate.completions if c.prompt_token_ids == sent) for sent in draws]
+    finding = Finding(
+        metric="two-sample test",
+        outcome=Outcome.FAIL if failed else Outcome.INCONCLUSIVE,
+        sentence=said,
+        unit="prompts",
+        reference=None,
+        candidate=found.discrepancy,
+        delta=None,
+        interval=None,
+        limit=f"permutation test within prompts, p at most {limits.ks_p:g} fails; nothing passes without "
+        "log-probabilities",
+        n=found.prompts,
+        evidence=tuple(f"farthest apart: {ids[n]}" for n in found.widest),
+    )
+    return Verdict(
+        check="sampling",
+        reference=reference.label,
+        candidate=candidate.label,
+        outcome=finding.outcome,
+        headline=said,
+        findings=(finding,),
+        causes=(),
+        changed=diagnose.changed(reference, candidate),
+        warnings=(),
     )
 
 
