@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parity.tensors import headers
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -97,7 +99,7 @@ def head_zeroed(source: Path, target: Path, layer: int = 15, head: int = 3) -> P
 
 def _find_tensor(directory: Path, name: str) -> tuple[Path, dict[str, Any], int]:
     """The safetensors file that holds a tensor, its header entry, and where its bytes begin in the file."""
-    for path, header, begin in _headers(directory):
+    for path, header, begin in headers(directory):
         if name in header:
             return path, header[name], begin + header[name]["data_offsets"][0]
     raise ValueError(f"no safetensors file in {directory} holds {name}")
@@ -311,23 +313,13 @@ def registry(layer: int) -> tuple[Fault, ...]:
         *(weights(f"{name}, all layers", _LINEAR.pattern, edit) for name, edit in _QUANTIZED),
         Fault(name="template newline dropped", plant=chat_template_newline_missing, computes_otherwise=False),
         Fault(name="system prompt changed", plant=system_prompt_changed, computes_otherwise=False),
-        Fault(name="BOS doubled", plant=bos_doubled, computes_otherwise=False),
+        Fault(name="BOS doubled by the template", plant=bos_doubled, computes_otherwise=False),
         Fault(name="tokenizer merge removed", plant=merge_removed, computes_otherwise=False),
     )
 
 
-def _headers(directory: Path) -> Iterator[tuple[Path, dict[str, Any], int]]:
-    """Each safetensors file, its table of tensors, and where their bytes begin."""
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        yield path, header, 8 + header_bytes
-
-
 def _tensor_names(directory: Path) -> list[str]:
-    return [name for _, header, _ in _headers(directory) for name in header]
+    return [name for _, header, _ in headers(directory) for name in header]
 
 
 def _dtype(directory: Path, name: str) -> str:
