@@ -1,8 +1,9 @@
 """What rounding does to a target's model on this machine, measured on all its prompts, and what that lets a gate see.
 
 The noise engine scores the reference's tokens on the whole workload instead of a share, once more in another batch
-composition, and the null of the lock-step ratio is taken from the measured noise itself. The recordings stay beside the
-target's own; `judge.collect` uses them as long as the reference is the same.
+composition, and the null of the lock-step ratio is taken from the measured noise itself. Where the target has a second
+correct engine (`control`), every rule is asked about it on drawn sets of prompts: its alarms are all false. The
+recordings stay beside the target's own; `collect.collect` uses them as long as the reference is the same.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from parity import judge, lockstep, store
+from parity import collect, lockstep, stages, store
 from parity import noise as noise_
-from parity.equivalence import Limits
+from parity.equivalence import Limits, Pair, findings
 from parity.errors import ConfigError
+from parity.noise import Noise
 from parity.prompts import Workload
+from parity.recording import Recording
 from parity.stats import log_ratio, student_t_quantile
+from parity.verdict import Outcome
 
 if TYPE_CHECKING:
     from parity.config import Target
@@ -46,6 +50,23 @@ class Null:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A second correct engine, judged as if it were the candidate.
+
+    ratio, low, high: its KL divergence in units of the floor on all prompts, with a 99 % interval by prompt.
+    false_alarms: for each size of a drawn set, the share of sets that each rule FAILs, screened in one stage; `passes`,
+        the share that all rules PASS.
+    """
+
+    source: str
+    ratio: float
+    low: float
+    high: float
+    false_alarms: Mapping[int, Mapping[str, float]]
+    passes: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """Measured noise of one target.
 
@@ -68,6 +89,7 @@ class Calibration:
     beyond_6_sigma: float
     other_batches_nats: float
     null: tuple[Null, ...]
+    control: Control | None
     facts: Mapping[str, object]
 
     @property
@@ -84,7 +106,7 @@ class Calibration:
 
 
 def calibrate(target: Target, recorder: Recorder, *, seed: int = 7) -> Calibration:
-    """Measure a target's noise on its whole workload; `recorder` works in `judge.calibration_of(...)`.
+    """Measure a target's noise on its whole workload; `recorder` works in `collect.calibration_of(...)`.
 
     Raises:
         ConfigError: If the target has no noise engine.
@@ -94,7 +116,7 @@ def calibrate(target: Target, recorder: Recorder, *, seed: int = 7) -> Calibrati
         raise ConfigError(f"target {target.name!r} has no noise engine to calibrate with; add [targets.NAME.noise]")
     reference = recorder.record(target.reference, {"reference": target.workload})["reference"]
     workload = target.workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in reference.completions})
-    forced = judge.forced(workload, reference, len(workload.requests))
+    forced = collect.forced(workload, reference, len(workload.requests))
     backwards = Workload(name=forced.name, requests=tuple(reversed(forced.requests)), forced_from=forced.forced_from)
     found = recorder.record(target.noise, {"noise": forced, "noise-other-batches": backwards})
     candidate = target.candidate.dtype
@@ -123,11 +145,61 @@ def calibrate(target: Target, recorder: Recorder, *, seed: int = 7) -> Calibrati
         beyond_6_sigma=float((shifts > 6 * own).mean()),
         other_batches_nats=float(other.kl_nats.mean()),
         null=tuple(null_of(steps, size, margin=max(margin, 1.2), seed=seed) for size in SIZES if size <= m),
+        control=None if target.control is None else _controlled(target, recorder, forced, reference, measured, seed),
         facts={**found["noise"].fingerprint.identity, **found["noise"].fingerprint.context},
     )
     with store.disk_errors_named(recorder.directory):
         (recorder.directory / "calibration.json").write_text(json.dumps(asdict(result), indent=1) + "\n", "utf-8")
     return result
+
+
+def _controlled(
+    target: Target, recorder: Recorder, forced: Workload, reference: Recording, noise: Noise, seed: int
+) -> Control:
+    """Let the second correct engine score the same tokens, and judge it."""
+    assert target.control is not None, "the caller has seen to it"
+    scores = recorder.record(target.control, {"control": forced})["control"]
+    pair = Pair(
+        reference=reference,
+        candidate=scores,
+        steps=lockstep.measure(reference, scores),
+        noise=noise,
+        judged_sides=noise_.sixteen_bit_sides(reference, scores),
+        limits=Limits.of(target.policy).at(stages.SCREEN),
+    )
+    return control_of(pair, seed=seed)
+
+
+def control_of(pair: Pair, *, seed: int) -> Control:
+    """Every rule asked about a correct engine, on sets of prompts drawn with replacement."""
+    noise = pair.noise
+    assert noise is not None
+    assert noise.steps is not None, "measure fills it"
+    ids = np.array(pair.steps.prompt_ids)
+    kl = pair.steps.per_prompt(pair.steps.kl_nats)
+    floor = noise.steps.only(pair.steps.prompt_ids)
+    whole = log_ratio(kl.tolist(), (floor.per_prompt(floor.kl_nats) * noise.sides).tolist())
+    draw = np.random.default_rng(seed)
+    alarms: dict[int, dict[str, float]] = {}
+    passes: dict[int, float] = {}
+    for size in (s for s in SIZES if s <= len(ids)):
+        found = []
+        for _ in range(_DRAWS):
+            chosen = ids[draw.choice(len(ids), size=size, replace=True)].tolist()
+            some = replace(pair, steps=pair.steps.only(chosen), noise=replace(noise, steps=noise.steps.only(chosen)))
+            found.append({f.metric: f.outcome for f in findings(some)})
+        rules = sorted({rule for each in found for rule in each})
+        alarms[size] = {rule: sum(each.get(rule) is Outcome.FAIL for each in found) / _DRAWS for rule in rules}
+        passes[size] = sum(all(o is Outcome.PASS for o in each.values()) for each in found) / _DRAWS
+    nan = float("nan")
+    return Control(
+        source=pair.candidate.label,
+        ratio=nan if whole is None else whole.value,
+        low=nan if whole is None else whole.lower(0.005),
+        high=nan if whole is None else whole.upper(0.005),
+        false_alarms=alarms,
+        passes=passes,
+    )
 
 
 def null_of(steps: Steps, prompts: int, *, margin: float, seed: int) -> Null:

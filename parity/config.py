@@ -11,26 +11,30 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomllib
 
 from parity import checks
 from parity.engines import EngineSpec
 from parity.errors import ConfigError
-from parity.prompts import Prompt, Request, SamplingParams, Workload, prompt_from_json
+from parity.prompts import Prompt, Request, SamplingParams, Structured, Workload, prompt_from_json
 from parity.verdict import Policy
+
+_Item = TypeVar("_Item")
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 _ENGINE_KEYS = ("engine", "model", "dtype", "quantization", "environment", "python", "launcher", "url", "threads",
                 "options", "env")  # fmt: skip
-_TARGET_KEYS = ("description", "policy", "model", "workload", "lockstep_prompts", "lockstep_prompts_max", "reference",
-                "candidate", "noise", "logic", "sampling", "limits")  # fmt: skip
-_WORKLOAD_KEYS = ("prompts", "max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p")
+_TARGET_KEYS = ("description", "policy", "model", "workload", "confirm", "lockstep_prompts", "lockstep_prompts_max",
+                "reference", "candidate", "noise", "control", "logic", "sampling", "determinism", "structured",
+                "contract", "laws", "limits")  # fmt: skip
+_WORKLOAD_KEYS = ("prompts", "take", "draws", "max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p")
 _WANTED = {
     int: "a whole number of at least 1",
     str: "a string",
+    bool: "true or false",
     dict: "a table",
     list: "a list of strings",
 }
@@ -48,12 +52,28 @@ class Lockstep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Laws:
+    """How many generated examples a candidate is asked, and the seed they are drawn by."""
+
+    examples: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What is judged: a candidate engine, against a reference engine, on a workload, by limits.
 
     noise: the engine that measures rounding noise: it scores the reference's tokens in another precision.
+    control: a second correct engine in the candidate's precision (another attention backend, say), which calibration
+        judges as if it were the candidate; or None.
     logic: prompts that both engines answer once more in float32; None where the target does not ask for it.
+    logic_layers: only so many of the model's first layers there, for models that float32 makes too large; None: all.
     sampling: prompts that both engines answer by sampling, each audited by its own log-probabilities; or None.
+    determinism: prompts that each engine answers again, alone and from its prefix cache; or None.
+    structured: prompts whose answers must follow a schema, an expression or a choice; or None.
+    contract: whether each engine is probed for what it does with a request.
+    laws: generated examples that the candidate must treat as any correct engine does; or None.
+    confirm: fresh prompts on which a check that was flagged is judged once more; None where there are none.
     """
 
     name: str
@@ -62,10 +82,17 @@ class Target:
     reference: EngineSpec
     candidate: EngineSpec
     noise: EngineSpec | None
+    control: EngineSpec | None
     workload: Workload
     lockstep: Lockstep
     logic: Workload | None
+    logic_layers: int | None
     sampling: Workload | None
+    determinism: Workload | None
+    structured: Workload | None
+    contract: bool
+    laws: Laws | None
+    confirm: Workload | None
     limits: Mapping[str, Mapping[str, Any]]
 
 
@@ -106,7 +133,7 @@ def limited_to(target: Target, prompts: int) -> Target:
     return replace(target, workload=some(target.workload), logic=None if target.logic is None else some(target.logic))
 
 
-def spread(items: Sequence[Request], count: int) -> tuple[Request, ...]:
+def spread(items: Sequence[_Item], count: int) -> tuple[_Item, ...]:
     """`count` items evenly spread over the whole, in order: every prompt set keeps its share."""
     if count >= len(items):
         return tuple(items)
@@ -126,7 +153,6 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         valid = [p.value for p in Policy]
         raise ConfigError(_unknown("policy", str(table["policy"]), valid, where)) from None
     model = _typed(table, "model", str, where, default="")
-    noise = table.get("noise")
     prompts = _typed(table, "lockstep_prompts", int, where, default=48)
     limits = _typed(table, "limits", dict, where, default={})
     _known(limits, checks.names(), f"{where} limits")
@@ -138,21 +164,47 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         policy=policy,
         reference=_engine(table["reference"], model, f"{where} reference", path),
         candidate=_engine(table["candidate"], model, f"{where} candidate", path),
-        noise=None if noise is None else _engine(noise, model, f"{where} noise", path),
+        noise=None if "noise" not in table else _engine(table["noise"], model, f"{where} noise", path),
+        control=None if "control" not in table else _engine(table["control"], model, f"{where} control", path),
         workload=asked,
         lockstep=Lockstep(prompts=prompts, most=_typed(table, "lockstep_prompts_max", int, where, default=4 * prompts)),
-        logic=_extra(table, "logic", where, workloads, path),
+        logic=_extra(table, "logic", where, workloads, path, also=("layers",)),
+        logic_layers=_typed(table.get("logic", {}), "layers", int, f"{where} logic", default=None),
         sampling=_extra(table, "sampling", where, workloads, path),
+        determinism=_extra(table, "determinism", where, workloads, path),
+        structured=_extra(table, "structured", where, workloads, path),
+        contract=_typed(table, "contract", bool, where, default=False),
+        laws=_laws(table, where),
+        confirm=_extra(table, "confirm", where, workloads, path),
         limits=limits,
     )
 
 
-def _extra(table: Mapping[str, Any], key: str, where: str, workloads: Mapping[str, Any], path: Path) -> Workload | None:
+def _extra(
+    table: Mapping[str, Any],
+    key: str,
+    where: str,
+    workloads: Mapping[str, Any],
+    path: Path,
+    *,
+    also: tuple[str, ...] = (),
+) -> Workload | None:
     """A further workload of a target, as `{ workload = NAME }`; None where the key is absent."""
     if key not in table:
         return None
-    _known(table[key], ("workload",), f"{where} {key}")
+    _known(table[key], ("workload", *also), f"{where} {key}")
     return _named_workload(table[key], f"{where} {key}", workloads, path)
+
+
+def _laws(table: Mapping[str, Any], where: str) -> Laws | None:
+    if "laws" not in table:
+        return None
+    where = f"{where} laws"
+    _known(table["laws"], ("examples", "seed"), where)
+    return Laws(
+        examples=_typed(table["laws"], "examples", int, where, default=48),
+        seed=_typed(table["laws"], "seed", int, where, default=7),
+    )
 
 
 def _named_workload(table: Mapping[str, Any], where: str, workloads: Mapping[str, Any], path: Path) -> Workload:
@@ -219,16 +271,26 @@ def _workload(name: str, table: Mapping[str, Any], path: Path) -> Workload:
         top_k=_typed(table, "top_k", int, where, default=0),
         min_p=_number(table, "min_p", where, default=0.0, most=1.0),
     )
-    prompts = [p for f in _typed(table, "prompts", list, where, default=[]) for p in read_prompts(path.parent / f)]
+    files = _typed(table, "prompts", list, where, default=[])
+    prompts = [question for file in files for question in _read_questions(path.parent / file)]
     if not prompts:
         raise ConfigError(f"{where} has no prompts; list at least one prompt file under 'prompts'")
+    prompts = list(spread(prompts, _typed(table, "take", int, where, default=len(prompts))))
+    draws = _typed(table, "draws", int, where, default=1)
+    if draws > 1:  # a request each, by another seed
+        prompts = [(replace(p, id=f"{p.id}~{n}"), wanted) for p, wanted in prompts for n in range(1, draws + 1)]
     try:
         return Workload(
             name=name,
             # One seed for all would make the draws of all prompts depend on each other.
             requests=tuple(
-                Request(prompt=p, sampling=sampling if sampling.is_greedy else replace(sampling, seed=number))
-                for number, p in enumerate(prompts)
+                Request(
+                    prompt=prompt,
+                    sampling=replace(
+                        sampling, seed=sampling.seed if sampling.is_greedy else number, structured=structured
+                    ),
+                )
+                for number, (prompt, structured) in enumerate(prompts)
             ),
         )
     except ConfigError as error:
@@ -236,26 +298,39 @@ def _workload(name: str, table: Mapping[str, Any], path: Path) -> Workload:
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """Read a prompt set: JSON Lines, one prompt a line.
+    """Read a prompt set: JSON Lines, one prompt a line; what an answer must match is left aside.
 
     Raises:
         ConfigError: Naming file and line.
     """
+    return tuple(prompt for prompt, _ in _read_questions(path))
+
+
+def _read_questions(path: Path) -> tuple[tuple[Prompt, Structured | None], ...]:
+    """The prompts of a set, each with what its answer must match."""
     try:
         lines = path.read_text("utf-8").split("\n")
     except OSError as error:
         raise ConfigError(f"the prompt set {str(path)!r} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the prompt set {str(path)!r} is not UTF-8: {error}") from error
-    prompts = []
+    questions = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            prompts.append(prompt_from_json(json.loads(line)))
+            data = json.loads(line)
+            wanted = data.pop("structured", None) if isinstance(data, dict) else None
+            questions.append((prompt_from_json(data), None if wanted is None else _structured(wanted)))
         except (ValueError, ConfigError) as error:
             raise ConfigError(f"{path}:{number}: {error}") from error
-    return tuple(prompts)
+    return tuple(questions)
+
+
+def _structured(wanted: Any) -> Structured:
+    from parity.checks.structured import structured_from_json  # noqa: PLC0415  validates, which takes a library
+
+    return structured_from_json(wanted)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

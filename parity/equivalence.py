@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from statistics import NormalDist
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WITNESSES = 3
+_ONE_STAGE = 0.005  # error rates above it are those of a screening that fresh prompts confirm
 _SHOWN = partial(Finding, reference=None, delta=None, interval=None, evidence=())
 
 
@@ -60,6 +62,12 @@ class Limits:
     sigma_without_noise_nats: float = 0.13
     floor_without_noise_nats: float = 8e-4
     float32_nats: float = 1e-6
+
+    RATES: ClassVar[tuple[str, ...]] = ("alpha_fail", "excess_flips_z")
+
+    def at(self, alpha: float) -> Limits:
+        """The same, with every rule of chance at this error rate."""
+        return replace(self, alpha_fail=alpha, excess_flips_z=NormalDist().inv_cdf(1.0 - alpha))
 
     @classmethod
     def of(cls, policy: Policy) -> Limits:
@@ -152,8 +160,10 @@ def _divergence(pair: Pair) -> Finding:
     share = float(beyond.max() / kl[ids].sum()) if beyond.size else 0.0
     outcome = _ratio_outcome(ratio, margin, share, limits)
     low, high = ratio.lower(limits.alpha_fail), ratio.upper(limits.alpha_pass)
+    # 0.95 in each of two stages is 0.90 in both; a stricter rate than screening's means that there is one stage.
+    reach = NormalDist().inv_cdf(0.95 if limits.alpha_fail > _ONE_STAGE else 0.9)
     catch = margin * math.exp(
-        (student_t_quantile(1 - limits.alpha_fail, ratio.prompts - 1) + 1.2816) * ratio.standard_error
+        (student_t_quantile(1 - limits.alpha_fail, ratio.prompts - 1) + reach) * ratio.standard_error
     )
     sentence = (
         f"{head} is {ratio.value:.3g} times {against.split(',')[0]}, between {low:.3g} and {high:.3g}; limit "

@@ -1,31 +1,42 @@
 """From recordings to verdicts: which recordings belong together, which checks judge them, by which limits.
 
-Starts no engine itself: `collect` asks the recorder. Fresh recordings, stored ones and a golden's take the same way
-through here.
+Starts no engine. Fresh recordings, stored ones and a golden's take the same way through here.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from parity import checks, store
+from parity import checks, diagnose, hypotheses, stages, store
 from parity import noise as noise_
-from parity.config import Target, spread
-from parity.errors import ConfigError, IncomparableError, RecordingError
+from parity.diagnose import Diagnosis
+from parity.errors import ConfigError, IncomparableError, ParityError, RecordingError
 from parity.noise import Noise
-from parity.prompts import Workload
-from parity.record import Recorder
 from parity.recording import Recording
 from parity.verdict import Outcome, Policy, Verdict
 
-CHECKS = ("inputs", "shape", "greedy", "lockstep", "decode", "logic", "sampling")
+CHECKS = (
+    "inputs",
+    "contract",
+    "shape",
+    "greedy",
+    "lockstep",
+    "decode",
+    "logic",
+    "sampling",
+    "determinism",
+    "structured",
+    "laws",
+)
 RUN = "run.json"
+_HELD_BYTES = 1 << 30
+_BY_NOISE = ("greedy", "lockstep", "decode", "determinism", "laws", "contract")
 _EXACT = ("greedy", "logic")
 """Checks for engines that compute the same function."""
 _SIDES = ("reference", "candidate")
@@ -39,14 +50,17 @@ class Evidence:
 
     Roles: `reference` and `candidate` decode freely; `noise`, `candidate-scores` and `reference-scores` are scores of
     the other's tokens; `logic-reference` and `logic-candidate` are the two engines in float32, `sampled-reference` and
-    `sampled-candidate` their sampled answers.
+    `sampled-candidate` their sampled answers. `determinism-`, `structured-`, `contract-` and `laws-` are what one
+    engine answered to questions about itself; `hypothesis-` are the reference's scores behind changed prompts.
     directories: where each recording lies, by role, for the commands that reproduce a verdict.
+    confirmation: the same on fresh prompts, where a check was flagged.
     """
 
     recordings: Mapping[str, Recording]
     policy: Policy
     limits: Mapping[str, Mapping[str, Any]]
     directories: Mapping[str, Path]
+    confirmation: Evidence | None = None
 
     @property
     def reference(self) -> Recording:
@@ -86,100 +100,15 @@ def why_not(evidence: Evidence, check: str) -> str | None:
     """
     if evidence.policy is Policy.QUANTIZED and check in _EXACT:
         return f"the {check} check refuses what the policy 'quantized' allows; lockstep and decode hold the budget"
-    for role in roles_of(check):
+    reference, candidate = roles_of(check)
+    alone = getattr(checks.load(check), "ALONE", False)
+    for role in (candidate,) if alone else (reference, candidate):
         if role not in evidence.recordings:
             return (
                 f"the {check} check needs the recording {role!r}, which this run does not have; `parity record` "
                 "makes it where the target asks for it"
             )
     return None
-
-
-def collect(target: Target, recorder: Recorder) -> Evidence:
-    """Record a target's engines, one after the other.
-
-    The reference's tokenizer decides the prompt token ids; everybody else is sent those. Then the noise engine and the
-    candidate score the reference's tokens, and the reference scores the candidate's, on an even share of the prompts,
-    which is doubled while the lock-step verdict is inconclusive.
-    """
-    # A wrong limit must not wait until hours of recording are over.
-    for check, table in target.limits.items():
-        _limits(checks.load(check).Limits, check, table, target.policy)
-    jobs = {"reference": target.workload}
-    if target.logic is not None and target.reference.dtype == "float32":
-        jobs["logic-reference"] = target.logic
-    if target.sampling is not None:
-        jobs["sampled-reference"] = target.sampling
-    found = recorder.record(target.reference, jobs)
-    reference = found["reference"]
-    workload = target.workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in reference.completions})
-    sampled = {}
-    if target.sampling is not None:
-        ids = {c.id: c.prompt_token_ids for c in found["sampled-reference"].completions}
-        sampled["sampled-candidate"] = target.sampling.with_prompt_token_ids(ids)
-    prompts = target.lockstep.prompts
-    while True:
-        scored = forced(workload, reference, prompts)
-        if target.noise is not None:
-            # A calibration has scored every prompt of this very reference; a share of it would be less.
-            whole = _scores(calibration_of(recorder.directory) / "noise", recorder.directory / "reference")
-            asked = forced(workload, reference, len(workload.requests)) if whole else scored
-            found |= recorder.record(target.noise, {"noise": asked})
-        found |= recorder.record(target.candidate, {"candidate": workload, "candidate-scores": scored, **sampled})
-        evidence = _sealed(target, recorder, found)
-        more = min(2 * prompts, target.lockstep.most, len(workload.requests))
-        if more <= prompts or judge(evidence, "lockstep").outcome is not Outcome.INCONCLUSIVE:
-            break
-        recorder.observer.note(f"lock step is inconclusive on {prompts} prompts; scoring {more}")
-        prompts = more
-    answers = forced(workload, found["candidate"], prompts)
-    if answers.requests:
-        found |= recorder.record(target.reference, {"reference-scores": answers})
-    if target.logic is not None:
-        found |= _logic(target, target.logic, recorder, found)
-    return _sealed(target, recorder, found)
-
-
-def calibration_of(directory: Path) -> Path:
-    """Where the calibration of the target that records into `directory` is kept."""
-    return directory.with_name(f"{directory.name}-calibration")
-
-
-def forced(workload: Workload, answers: Recording, prompts: int) -> Workload:
-    """The teacher-forced twin of an even share of the workload, with the tokens of these answers."""
-    share = {r.id for r in spread(workload.requests, prompts)}
-    tokens = {c.id: c.token_ids for c in answers.completions if c.id in share}
-    return workload.forced(tokens_of=tokens, forced_from=answers.digest)
-
-
-def _logic(
-    target: Target, workload: Workload, recorder: Recorder, found: Mapping[str, Recording]
-) -> dict[str, Recording]:
-    """Both engines in float32: the reference answers, the candidate scores its tokens."""
-    spec = replace(target.reference, dtype="float32")
-    ours = found.get("logic-reference") or recorder.record(spec, {"logic-reference": workload})["logic-reference"]
-    sent = workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in ours.completions})
-    scored = forced(sent, ours, len(sent.requests))
-    theirs = recorder.record(replace(target.candidate, dtype="float32"), {"logic-candidate": scored})
-    return {"logic-reference": ours, **theirs}
-
-
-def _sealed(target: Target, recorder: Recorder, found: Mapping[str, Recording]) -> Evidence:
-    """Write down which recordings belong together, and by what they are judged."""
-    run = {
-        "target": target.name,
-        "policy": target.policy.value,
-        "limits": target.limits,
-        "recordings": list(found),
-    }
-    with store.disk_errors_named(recorder.directory):
-        (recorder.directory / RUN).write_text(json.dumps(run, indent=1, default=dict) + "\n", "utf-8")
-    return Evidence(
-        recordings=dict(found),
-        policy=target.policy,
-        limits=target.limits,
-        directories={role: recorder.directory / role for role in found},
-    )
 
 
 def gather(directory: Path) -> Evidence:
@@ -193,84 +122,197 @@ def gather(directory: Path) -> Evidence:
         raise RecordingError(
             f"{str(directory)!r} holds no finished run ({RUN} is missing); `parity record` and `pytest suites` make one"
         )
-    roles, policy, limits = _run(path)
-    if not set(_SIDES) <= set(roles):
+    run = _run(path)
+    if not set(_SIDES) <= set(run.roles):
         raise RecordingError(f"{str(path)!r} names no reference and candidate; record again")
-    return _read({role: directory / role for role in roles}, policy, limits)
+    return _read({role: directory / role for role in run.roles}, run)
 
 
 def pair(reference: Path, candidate: Path, *, noise: Path | None) -> Evidence:
     """Read two recordings; scores and limits of their run are used where both lie in one run's directory."""
     directories = {"reference": reference, "candidate": candidate}
-    policy = Policy.EQUIVALENCE
-    limits: Mapping[str, Mapping[str, Any]] = {}
+    run = _Run(roles=(), policy=Policy.EQUIVALENCE, limits={}, confirmation=None)
     beside = reference.resolve().parent
     if (beside / RUN).is_file():
-        roles, policy, limits = _run(beside / RUN)
+        run = _run(beside / RUN)
         for role, side in _SCORES_OF.items():
-            if role in roles and _scores(beside / role, directories[side]):
+            if role in run.roles and scores(beside / role, directories[side]):
                 directories[role] = beside / role
         if candidate.resolve().parent == beside:
-            directories |= {role: beside / role for role in roles if role.startswith(("logic-", "sampled-"))}
-        else:  # scores by the candidate of that run say nothing about another candidate
+            directories |= {r: beside / r for r in run.roles if r not in _SCORES_OF and r not in _SIDES}
+        else:  # what the candidate of that run said elsewhere says nothing about another candidate
             directories.pop("candidate-scores", None)
+            run = replace(run, confirmation=None)
     if noise is not None:
         directories["noise"] = noise
-    return _read(directories, policy, limits)
+    return _read(directories, run)
 
 
 def judge(evidence: Evidence, check: str) -> Verdict:
-    """One check's verdict.
+    """One check's verdict, in two stages where it rests on chance; see `parity.stages`.
 
     Raises:
         ConfigError: If there is no such check, or its limits have an unknown key.
         IncomparableError: If the recordings must not be compared.
     """
+    if not _staged(evidence, check):
+        return _ask(evidence, check, None)
+    screened = _ask(evidence, check, stages.SCREEN)
+    if screened.outcome is not Outcome.FAIL:
+        return stages.settled(screened)
+    decisive = _ask(evidence, check, stages.DECISIVE)
+    if decisive.outcome is Outcome.FAIL:
+        return stages.settled(decisive)
+    if evidence.confirmation is None or why_not(evidence.confirmation, check) is not None:
+        return stages.unconfirmed(_ask(evidence, check, stages.ONE_STAGE))
+    return stages.combined(screened, _ask(evidence.confirmation, check, stages.CONFIRM))
+
+
+def flagged(evidence: Evidence) -> tuple[str, ...]:
+    """The checks that screening flags and that only fresh prompts can decide."""
+    found = []
+    for check in evidence.checks:
+        if not _staged(evidence, check):
+            continue
+        try:
+            if _ask(evidence, check, stages.SCREEN).outcome is not Outcome.FAIL:
+                continue
+            if _ask(evidence, check, stages.DECISIVE).outcome is not Outcome.FAIL:
+                found.append(check)
+        except ParityError:
+            continue  # could not judge; whoever asks for the verdict is told
+    return tuple(found)
+
+
+def diagnosis(evidence: Evidence, verdicts: Sequence[Verdict]) -> Diagnosis | None:
+    """The most likely cause of what failed in these verdicts on this evidence; None where nothing did."""
+    return diagnose.most_likely(
+        verdicts,
+        reference=evidence.reference.fingerprint,
+        candidate=evidence.candidate.fingerprint,
+        supports=hypotheses.supports(evidence.recordings),
+    )
+
+
+def _staged(evidence: Evidence, check: str) -> bool:
+    """Whether a check has rules of chance, whose error rates the user has left to us."""
+    kind = checks.load(check).Limits
+    return hasattr(kind, "at") and not set(kind.RATES) & set(evidence.limits.get(check, {}))
+
+
+def _ask(evidence: Evidence, check: str, alpha: float | None) -> Verdict:
+    """The verdict with every rule of chance at this error rate; None takes the rates as they are."""
     module = checks.load(check)
-    roles = roles_of(check)
     if (reason := why_not(evidence, check)) is not None:
         raise IncomparableError(reason)
+    limits = limits_of(check, evidence.limits.get(check, {}), evidence.policy)
+    ours, theirs = (evidence.recordings.get(role) for role in roles_of(check))
     verdict: Verdict = module.check(
-        evidence.recordings[roles[0]],
-        evidence.recordings[roles[1]],
-        noise=evidence.noise,
-        limits=_limits(module.Limits, check, evidence.limits.get(check, {}), evidence.policy),
+        ours, theirs, noise=evidence.noise, limits=limits if alpha is None else limits.at(alpha)
     )
-    return verdict
+    return replace(verdict, basis=(_measured_by(evidence.noise),)) if check in _BY_NOISE else verdict
 
 
-def _read(directories: Mapping[str, Path], policy: Policy, limits: Mapping[str, Mapping[str, Any]]) -> Evidence:
+def _measured_by(noise: Noise | None) -> str:
+    """The yardstick, and where it comes from."""
+    if noise is None or noise.scores is None or noise.steps is None:
+        return "documented noise of one 135M model on a CPU; this target measures none"
+    context = noise.scores.fingerprint.context
+    where = context.get("gpu.0.name") or context.get("host.cpu", "unknown hardware")
+    floor = float(noise.steps.kl_nats.mean()) * noise.sides
+    return (
+        f"sigma {noise.sigma_nats:.3g} nats and a KL floor of {floor:.3g} nats a token, measured on {noise.positions} "
+        f"positions of {noise.prompts} prompts ({noise.source}, {where}, {noise.scores.created_at})"
+    )
+
+
+class _Stored(Mapping[str, Recording]):
+    """Recordings by role, read when they are asked for; of large ones only the latest stay in memory."""
+
+    def __init__(self, directories: Mapping[str, Path]) -> None:
+        for path in directories.values():
+            store.read_header(path)  # what is missing or newer is told at once
+        self._directories = dict(directories)
+        self._held: dict[str, Recording] = {}
+
+    def __getitem__(self, role: str) -> Recording:
+        found = self._held.pop(role, None)
+        if found is None:
+            found = store.read(self._directories[role])
+        self._held[role] = found  # the latest last
+        while len(self._held) > 1 and sum(map(_bytes_of, self._held.values())) > _HELD_BYTES:
+            self._held.pop(next(iter(self._held)))
+        return found
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._directories
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._directories)
+
+    def __len__(self) -> int:
+        return len(self._directories)
+
+
+def _bytes_of(recording: Recording) -> int:
+    """What its log-probabilities take, which is nearly everything."""
+    return sum(c.logprobs.top.nbytes * 2 for c in recording.completions if c.logprobs is not None)
+
+
+def _read(directories: Mapping[str, Path], run: _Run) -> Evidence:
     return Evidence(
-        recordings={role: store.read(path) for role, path in directories.items()},
-        policy=policy,
-        limits=limits,
+        recordings=_Stored(directories),
+        policy=run.policy,
+        limits=run.limits,
         directories=directories,
+        confirmation=None if run.confirmation is None else gather(run.confirmation),
     )
 
 
-def _run(path: Path) -> tuple[list[str], Policy, Mapping[str, Mapping[str, Any]]]:
-    """Roles, policy and limits of an earlier run."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What an earlier run wrote down beside its recordings."""
+
+    roles: tuple[str, ...]
+    policy: Policy
+    limits: Mapping[str, Mapping[str, Any]]
+    confirmation: Path | None
+
+
+def _run(path: Path) -> _Run:
     try:
         run = json.loads(path.read_text("utf-8"))
-        return list(run["recordings"]), Policy(run["policy"]), dict(run["limits"])
+        roles = tuple(run["recordings"])
+        beside = run.get("confirmation")  # runs before there were two stages have none
+        return _Run(
+            roles=roles,
+            policy=Policy(run["policy"]),
+            limits=dict(run["limits"]),
+            confirmation=None if beside is None else path.parent / str(beside),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"{str(path)!r}, which holds the limits to judge by, is damaged; record again") from error
 
 
-def _scores(scores: Path, answers: Path) -> bool:
-    """Whether `scores` is of these answers' tokens, and not left over from another run.
+def scores(directory: Path, answers: Path) -> bool:
+    """Whether `directory` holds scores of these answers' tokens, and not some left over from another run.
 
     By the tokens themselves: an engine that is recorded again and answers the same has been scored already.
     """
     try:
-        scored, own = store.read(scores), store.read(answers).by_id
+        scored, own = store.read(directory), store.read(answers).by_id
     except RecordingError:
         return False
     return all(c.id in own and own[c.id].token_ids == c.token_ids for c in scored.completions)
 
 
-def _limits(kind: type[Any], check: str, table: Mapping[str, Any], policy: Policy) -> Any:
-    """A check's limits under a policy with the user's changes; a changed limit must say where it comes from."""
+def limits_of(check: str, table: Mapping[str, Any], policy: Policy) -> Any:
+    """A check's limits under a policy with the user's changes; a changed limit must say where it comes from.
+
+    Raises:
+        ConfigError: If a key is unknown, a value is no number, or no source is named.
+    """
+    kind = checks.load(check).Limits
     changes = {key: value for key, value in table.items() if key != "source"}
     valid = [f.name for f in fields(kind)]
     for key in changes:

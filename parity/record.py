@@ -33,8 +33,8 @@ from parity.session import Session, TimeLimits
 _CODE_OF_A_RECORDING = ("worker.py", "recording.py", "prompts.py", "fingerprint.py")
 
 
-Sequel: TypeAlias = "Callable[[Mapping[str, Recording]], Workload]"
-"""A workload that is made from the answers to the ones before it."""
+Sequel: TypeAlias = "Callable[[Mapping[str, Recording]], Workload | None]"
+"""A workload that is made from the answers to the ones before it, or None where they leave nothing to ask."""
 
 
 class Observer(Protocol):
@@ -78,7 +78,7 @@ class Recorder:
     def record(self, spec: EngineSpec, jobs: Mapping[str, Workload | Sequel]) -> dict[str, Recording]:
         """Answer each named workload on the engine, starting it once, or not at all if all answers are there.
 
-        A job may be made from what the jobs before it were answered.
+        A job may be made from the answers to the jobs before it; one that asks nothing is left out of the result.
 
         Raises:
             ProvisionError: If the environment or the model cannot be provided.
@@ -93,6 +93,8 @@ class Recorder:
             session: Session | None = None
             for name, job in jobs.items():
                 workload = job if isinstance(job, Workload) else job(done)
+                if workload is None:
+                    continue
                 key = _key(spec, workload, model, environment)
                 found = None if self.fresh or environment is None else self._reusable(name, key)
                 if found is not None:

@@ -64,6 +64,7 @@ class Verdict:
     causes: what is probably wrong, most probable first; empty unless something is.
     changed: the fingerprint facts that differ between the two sides.
     warnings: what a reader must know to weigh the answer.
+    basis: what it was judged by: the noise and where it was measured, the error rates.
     """
 
     check: str
@@ -75,6 +76,7 @@ class Verdict:
     causes: tuple[str, ...]
     changed: tuple[Difference, ...]
     warnings: tuple[str, ...]
+    basis: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

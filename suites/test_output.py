@@ -44,3 +44,18 @@ def test_logic(parity_judge: Callable[[str], Verdict]) -> None:
 def test_sampling(parity_judge: Callable[[str], Verdict]) -> None:
     """Each engine samples as it was asked: temperature and filters, by its own log-probabilities."""
     parity_judge("sampling")
+
+
+def test_contract(parity_judge: Callable[[str], Verdict]) -> None:
+    """Each engine does with a request what it says: sampling, penalties, ends, log-probabilities, streams."""
+    parity_judge("contract")
+
+
+def test_determinism(parity_judge: Callable[[str], Verdict]) -> None:
+    """The same request again, alone or from the prefix cache gives the same answer, up to rounding."""
+    parity_judge("determinism")
+
+
+def test_structured(parity_judge: Callable[[str], Verdict]) -> None:
+    """Answers that must follow a schema, an expression or a choice follow it."""
+    parity_judge("structured")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from drills import DRILL, Suite, bare_interpreter
-from lockstep_cases import World, sides
-from parity import calibrate, lockstep, store
+from lockstep_cases import ROUNDING, World, sides
+from parity import calibrate, lockstep, noise, stages, store
+from parity.equivalence import Limits, Pair
 
 
 def test_the_null_of_correct_noise_is_quiet_and_sharpens_with_prompts() -> None:
@@ -33,6 +34,29 @@ def test_heavy_tails_make_the_null_say_that_less_is_caught() -> None:
     heavy = world.recording(logits, world.tokens_of(world.model()), dtype="bfloat16", forced_from=reference.digest)
     found = calibrate.null_of(lockstep.measure(reference, heavy), 48, margin=1.2, seed=1)
     assert found.smallest_caught > 1.3 * calm.smallest_caught
+
+
+def control(size: float) -> calibrate.Control:
+    reference, candidate, scores = sides(World(prompts=48, tokens=16), size=size)
+    pair = Pair(
+        reference=reference,
+        candidate=candidate,
+        steps=lockstep.measure(reference, candidate),
+        noise=noise.measure(reference, scores, candidate_dtype="bfloat16"),
+        judged_sides=1,
+        limits=Limits().at(stages.SCREEN),
+    )
+    return calibrate.control_of(pair, seed=1)
+
+
+def test_a_second_correct_engine_raises_few_alarms_and_a_wrong_one_all() -> None:
+    good, bad = control(ROUNDING), control(2 * ROUNDING)
+    assert 0.8 < good.low < good.ratio < good.high < 1.3
+    assert list(good.false_alarms) == [16, 32, 48]
+    assert max(good.false_alarms[48].values()) <= 0.05
+    assert good.passes[48] > good.passes[16]
+    assert bad.false_alarms[48]["KL divergence"] == 1.0
+    assert bad.passes[48] == 0.0
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ each other; what all must ask first is in `parity.comparable`.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -21,6 +22,7 @@ from types import ModuleType
 from parity.errors import ConfigError
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
     """Every check, by its file's name; imports none of them."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -69,6 +70,12 @@ class Limits:
     min_prompts: int = 32
     min_noise_positions: int = 2000
     sigma_without_noise_nats: float = 0.13
+
+    RATES: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    def at(self, alpha: float) -> Limits:
+        """The same, with every rule of chance at this error rate."""
+        return replace(self, alpha=alpha)
 
 
 def check(reference: Recording, candidate: Recording, *, noise: Noise | None, limits: Limits) -> Verdict:

@@ -1,0 +1,212 @@
+"""From a target to the recordings that its checks need: who answers what, and who scores whose tokens.
+
+Each engine is started as rarely as possible: a side answers everything that can be asked of it in one start. What is
+recorded and by what it will be judged is written down beside the recordings, so that `judge` can do it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from parity import hypotheses, judge, models, probes, properties, store, tensors
+from parity.checks import determinism
+from parity.config import Target, spread
+from parity.engines import EngineSpec
+from parity.judge import Evidence
+from parity.prompts import Workload
+from parity.record import Recorder, Sequel
+from parity.recording import Recording
+from parity.verdict import Outcome
+
+_CONFIRM = "confirm"
+_FRESH_SEEDS = 100_000
+_HYPOTHESIS_PROMPTS = 24
+
+
+def collect(target: Target, recorder: Recorder) -> Evidence:
+    """Record a target's engines, one after the other, and once more on fresh prompts what chance may have flagged.
+
+    Raises:
+        ConfigError: If a limit of the target is wrong; before anything is recorded.
+        ParityError: If an engine cannot run, or the disk is full.
+    """
+    # A wrong limit must not wait until hours of recording are over.
+    for check, table in target.limits.items():
+        judge.limits_of(check, table, target.policy)
+    evidence = _recorded(target, recorder)
+    flagged = judge.flagged(evidence)
+    if not flagged or target.confirm is None:
+        return evidence
+    recorder.observer.note(f"{', '.join(flagged)} flagged at the screening rate; recording fresh prompts to confirm")
+    fresh = replace(recorder, directory=recorder.directory / _CONFIRM)
+    return _sealed(target, recorder, evidence.recordings, confirmation=_recorded(_fresh(target, flagged), fresh))
+
+
+def calibration_of(directory: Path) -> Path:
+    """Where the calibration of the target that records into `directory` is kept."""
+    return directory.with_name(f"{directory.name}-calibration")
+
+
+def forced(workload: Workload, answers: Recording, prompts: int) -> Workload:
+    """The teacher-forced twin of an even share of the workload, with the tokens of these answers."""
+    share = {r.id for r in spread(workload.requests, prompts)}
+    tokens = {c.id: c.token_ids for c in answers.completions if c.id in share}
+    return workload.forced(tokens_of=tokens, forced_from=answers.digest)
+
+
+def _fresh(target: Target, flagged: tuple[str, ...]) -> Target:
+    """The same target on prompts that no rule has seen, and sampling by other seeds; nothing that only laws judge."""
+    assert target.confirm is not None, "the caller has seen to it"
+    sampling = target.sampling if "sampling" in flagged else None
+    if sampling is not None:
+        again = tuple(
+            replace(r, sampling=replace(r.sampling, seed=(r.sampling.seed or 0) + _FRESH_SEEDS))
+            for r in sampling.requests
+        )
+        sampling = replace(sampling, requests=again)
+    return replace(
+        target,
+        workload=target.confirm,
+        lockstep=replace(target.lockstep, prompts=len(target.confirm.requests)),
+        sampling=sampling,
+        logic=None,
+        determinism=None,
+        structured=None,
+        contract=False,
+        laws=None,
+        confirm=None,
+    )
+
+
+def _recorded(target: Target, recorder: Recorder) -> Evidence:
+    """The reference's tokenizer decides the prompt token ids; everybody else is sent those.
+
+    Then the noise engine and the candidate score the reference's tokens, and the reference scores the candidate's, on
+    an even share of the prompts, which is doubled while the lock-step verdict is inconclusive.
+    """
+    jobs: dict[str, Workload | Sequel] = {"reference": target.workload}
+    if target.logic is not None and target.reference.dtype == "float32" and target.logic_layers is None:
+        jobs["logic-reference"] = target.logic
+    if target.sampling is not None:
+        jobs["sampled-reference"] = target.sampling
+    found = recorder.record(target.reference, {**jobs, **_of_one_engine(target, "reference", {})})
+    reference = found["reference"]
+    workload = sent_as(target.workload, reference)
+    asked: dict[str, Workload | Sequel] = {"candidate": workload}
+    if target.sampling is not None:
+        asked["sampled-candidate"] = sent_as(target.sampling, found["sampled-reference"])
+    asked |= _of_one_engine(target, "candidate", found)
+    prompts = target.lockstep.prompts
+    while True:
+        scored = forced(workload, reference, prompts)
+        if target.noise is not None:
+            # A calibration has scored every prompt of this very reference; a share of it would be less.
+            whole = judge.scores(calibration_of(recorder.directory) / "noise", recorder.directory / "reference")
+            wanted = forced(workload, reference, len(workload.requests)) if whole else scored
+            found |= recorder.record(target.noise, {"noise": wanted})
+        found |= recorder.record(target.candidate, {**asked, "candidate-scores": scored})
+        evidence = _sealed(target, recorder, found)
+        more = min(2 * prompts, target.lockstep.most, len(workload.requests))
+        if more <= prompts or judge.judge(evidence, "lockstep").outcome is not Outcome.INCONCLUSIVE:
+            break
+        recorder.observer.note(f"lock step is inconclusive on {prompts} prompts; scoring {more}")
+        prompts = more
+    answers = forced(workload, found["candidate"], prompts)
+    if answers.requests:
+        found |= recorder.record(target.reference, {"reference-scores": answers})
+    if target.logic is not None:
+        found |= _logic(target, target.logic, recorder, found)
+    evidence = _sealed(target, recorder, found)
+    if judge.judge(evidence, "lockstep").outcome is not Outcome.FAIL:
+        return evidence
+    recorder.observer.note("lock step fails; asking the reference whether other prompts would explain it")
+    scored = forced(workload, reference, _HYPOTHESIS_PROMPTS)
+    found |= recorder.record(target.reference, hypotheses.workloads(scored))
+    return _sealed(target, recorder, found)
+
+
+def sent_as(workload: Workload, answered: Recording) -> Workload:
+    """The workload with the prompt token ids that an engine has worked on."""
+    return workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in answered.completions})
+
+
+def _of_one_engine(target: Target, side: str, found: Mapping[str, Recording]) -> dict[str, Workload | Sequel]:
+    """What is asked of one engine by itself; what the engine says of itself decides how much of it can be asked."""
+
+    def can(done: Mapping[str, Recording], what: str) -> bool:
+        return done[side].fingerprint.context.get(f"engine.can_{what}") is True
+
+    jobs: dict[str, Workload | Sequel] = {}
+    if (repeated := target.determinism) is not None:
+        # The twins of the reference begin with the very requests, so they hold the ids that the candidate is sent.
+        known = found.get("determinism-reference")
+        sent = (
+            repeated
+            if known is None
+            else repeated.with_prompt_token_ids({r.id: known.by_id[r.id].prompt_token_ids for r in repeated.requests})
+        )
+        jobs[f"determinism-{side}"] = lambda done: determinism.twins(sent, can_reuse_prefix=can(done, "reuse_prefix"))
+    if (grammars := target.structured) is not None:
+        jobs[f"structured-{side}"] = lambda done: grammars if can(done, "structure") else None
+    if target.contract:
+        jobs |= contract_jobs(side)
+    if (laws := target.laws) is not None and side == "candidate":
+        examples = properties.draw(laws.examples, laws.seed)
+        jobs[f"laws-{side}"] = lambda done: properties.workload(examples, can_stream=can(done, "stream"))
+    return jobs
+
+
+def contract_jobs(side: str) -> dict[str, Workload | Sequel]:
+    """The probes of one engine: base questions, and experiments made from the answers."""
+    return {
+        f"contract-first-{side}": probes.first(),
+        f"contract-{side}": lambda done: probes.second(done[f"contract-first-{side}"]),
+    }
+
+
+def _logic(
+    target: Target, workload: Workload, recorder: Recorder, found: Mapping[str, Recording]
+) -> dict[str, Recording]:
+    """Both engines in float32: the reference answers, the candidate scores its tokens."""
+    ours = found.get("logic-reference")
+    if ours is None:
+        spec = _in_float32(target.reference, target, recorder)
+        ours = recorder.record(spec, {"logic-reference": workload})["logic-reference"]
+    sent = sent_as(workload, ours)
+    scored = forced(sent, ours, len(sent.requests))
+    theirs = recorder.record(_in_float32(target.candidate, target, recorder), {"logic-candidate": scored})
+    return {"logic-reference": ours, **theirs}
+
+
+def _in_float32(spec: EngineSpec, target: Target, recorder: Recorder) -> EngineSpec:
+    """A side in float32, on a copy of its model with fewer layers where the target asks for that."""
+    if target.logic_layers is None:
+        return replace(spec, dtype="float32")
+    cache = recorder.places.models
+    whole = models.provide(spec.model, cache=cache, report=recorder.observer.note)
+    return replace(spec, dtype="float32", model=str(tensors.first_layers(whole, target.logic_layers, cache=cache)))
+
+
+def _sealed(
+    target: Target, recorder: Recorder, found: Mapping[str, Recording], *, confirmation: Evidence | None = None
+) -> Evidence:
+    """Write down which recordings belong together, and by what they are judged."""
+    run = {
+        "target": target.name,
+        "policy": target.policy.value,
+        "limits": target.limits,
+        "recordings": list(found),
+        "confirmation": None if confirmation is None else _CONFIRM,
+    }
+    with store.disk_errors_named(recorder.directory):
+        (recorder.directory / judge.RUN).write_text(json.dumps(run, indent=1, default=dict) + "\n", "utf-8")
+    return Evidence(
+        recordings=dict(found),
+        policy=target.policy,
+        limits=target.limits,
+        directories={role: recorder.directory / role for role in found},
+        confirmation=confirmation,
+    )
