@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
@@ -92,8 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("target", nargs="?", help="a target of suites/targets.toml (default: its 'default')")
     _add_places(sensitivity)
     sensitivity.add_argument("--case", action="append", help="only this case; may be given more than once")
-    sensitivity.add_argument("--prompts", type=int, default=96, metavar="N", help="prompts to draw from (default: 96)")
+    sensitivity.add_argument("--prompts", type=int, default=64, metavar="N", help="prompts to draw from (default: 64)")
     sensitivity.set_defaults(run=_sensitivity)
+
+    probe = verbs.add_parser("probe", help="what a target's engines really do with a request: short experiments")
+    probe.add_argument("target", nargs="?", help="a target of suites/targets.toml (default: its 'default')")
+    probe.add_argument("--side", choices=("reference", "candidate"), help="only this engine (default: both)")
+    _add_places(probe)
+    probe.set_defaults(run=_probe)
+
+    laws = verbs.add_parser("laws", help="generated examples that a target's candidate must treat as any engine does")
+    laws.add_argument("target", nargs="?", help="a target of suites/targets.toml (default: its 'default')")
+    laws.add_argument("--examples", type=int, default=48, metavar="N", help="how many (default: 48)")
+    laws.add_argument("--seed", type=int, default=7, help="what they are drawn by (default: 7)")
+    _add_places(laws)
+    laws.set_defaults(run=_laws)
 
     show = verbs.add_parser("show", help="what a recording holds")
     show.add_argument("recording", type=Path)
@@ -127,7 +141,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _record(options: argparse.Namespace) -> int:
-    from parity import config, judge  # noqa: PLC0415  numpy and pyarrow load only where they are needed
+    from parity import collect, config  # noqa: PLC0415  numpy and pyarrow load only where they are needed
     from parity.display import Display  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
 
@@ -144,7 +158,7 @@ def _record(options: argparse.Namespace) -> int:
             observer=display,
             fresh=options.fresh,
         )
-        evidence = judge.collect(target, recorder)
+        evidence = collect.collect(target, recorder)
     where = evidence.directories
     _say(f"recorded: {where['reference']} and {where['candidate']}")
     _say(f"judge them: parity compare {where['reference']} {where['candidate']}")
@@ -160,24 +174,29 @@ def _compare(options: argparse.Namespace) -> int:
     outcome = worst([v.outcome for v in verdicts])
     _say(f"{outcome.value}: {evidence.candidate.label} against {evidence.reference.label}")
     _say(terminal.table(verdicts))
+    said = judge.diagnosis(evidence, verdicts)
+    if said is not None:
+        _say("")
+        _say(terminal.diagnosis(said))
     _say("")
     for line in terminal.sides(evidence.reference, evidence.candidate):
         _say(line)
     for verdict in verdicts:
         _say("")
         _say(terminal.render(verdict))
+        _say(f"  reproduce: parity compare {options.reference} {options.candidate} --check {verdict.check}")
     return EXIT_OF[outcome]
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from parity import calibrate, config, judge  # noqa: PLC0415
+    from parity import calibrate, collect, config  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
 
     target = config.read_target(options.suites / "targets.toml", options.target)
     with Display() as display:
         recorder = Recorder(
-            directory=judge.calibration_of(options.home / "recordings" / target.name),
+            directory=collect.calibration_of(options.home / "recordings" / target.name),
             places=Places.of(options.suites, options.home),
             observer=display,
         )
@@ -195,6 +214,14 @@ def _calibrate(options: argparse.Namespace) -> int:
             f"  {null.prompts} prompts: a correct engine fails {null.false_alarms:.1%} and passes {null.passes:.0%} of "
             f"drawn sets; {null.smallest_caught:.2f} times the floor is caught with 90 % probability"
         )
+    if (control := found.control) is not None:
+        _say(
+            f"  a second correct engine, {control.source}: {control.ratio:.2f} times the floor ({control.low:.2f} to "
+            f"{control.high:.2f}); its alarms in drawn sets, each rule screened in one stage:"
+        )
+        for size, alarms in control.false_alarms.items():
+            raised = ", ".join(f"{rule} {share:.1%}" for rule, share in alarms.items() if share) or "none"
+            _say(f"    {size} prompts: {raised}; all rules pass in {control.passes[size]:.0%}")
     for warning in found.warnings:
         _say(f"  warning: {warning}")
     _say(f"kept in {recorder.directory}; runs of this target judge by it as long as the reference is the same")
@@ -205,7 +232,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
     from parity import config  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
     from parity.record import Places  # noqa: PLC0415
-    from parity.sensitivity import bench  # noqa: PLC0415
+    from parity.sensitivity import bench, table  # noqa: PLC0415
 
     target = config.read_target(options.suites / "targets.toml", options.target)
     with Display() as display:
@@ -216,8 +243,76 @@ def _sensitivity(options: argparse.Namespace) -> int:
             observer=display,
             prompts=options.prompts,
         ).run(options.case)
-    _say(bench.table(found))
+    plain = [asdict(row) for row in found]
+    _say(table.detection(plain))
+    _say("")
+    _say(table.diagnoses(plain))
     return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from parity import collect, config  # noqa: PLC0415
+    from parity.display import Display  # noqa: PLC0415
+    from parity.probes import Answer, observe  # noqa: PLC0415
+    from parity.record import Places, Recorder  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    target = config.read_target(options.suites / "targets.toml", options.target)
+    found = {}
+    with Display() as display:
+        recorder = Recorder(
+            directory=options.home / "recordings" / target.name,
+            places=Places.of(options.suites, options.home),
+            observer=display,
+        )
+        for side in (options.side,) if options.side else ("reference", "candidate"):
+            spec = target.reference if side == "reference" else target.candidate
+            found[side] = recorder.record(spec, collect.contract_jobs(side))[f"contract-{side}"]
+    outcomes = []
+    for side, recording in found.items():
+        probes = observe(recording)
+        outcomes += [p.answer for p in probes]
+        _say(f"{side}: {terminal.describe(recording)}")
+        _say(terminal.probes(probes))
+        _say("")
+    return EXIT_OF[Outcome.FAIL if Answer.OTHERWISE in outcomes else Outcome.PASS]
+
+
+def _laws(options: argparse.Namespace) -> int:
+    from parity import config, judge, properties  # noqa: PLC0415
+    from parity.display import Display  # noqa: PLC0415
+    from parity.errors import RecordingError  # noqa: PLC0415
+    from parity.prompts import Workload  # noqa: PLC0415
+    from parity.record import Places, Recorder  # noqa: PLC0415
+    from parity.recording import Recording  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    target = config.read_target(options.suites / "targets.toml", options.target)
+    try:
+        noise = judge.gather(options.home / "recordings" / target.name).noise
+    except RecordingError:  # nothing recorded yet; documented noise is used, and the verdict says so
+        noise = None
+    with Display() as display:
+        recorder = Recorder(
+            directory=options.home / "laws" / target.name,
+            places=Places.of(options.suites, options.home),
+            observer=display,
+        )
+
+        def ask(workload: Workload) -> Recording:
+            return recorder.record(target.candidate, {"laws": workload})["laws"]
+
+        first = properties.workload(properties.draw(1, options.seed), can_stream=False)
+        facts = recorder.record(target.candidate, {"first": first})["first"].fingerprint.context
+        verdict = properties.search(
+            ask,
+            count=options.examples,
+            seed=options.seed,
+            can_stream=facts.get("engine.can_stream") is True,
+            noise=noise,
+        )
+    _say(terminal.render(verdict))
+    return EXIT_OF[verdict.outcome]
 
 
 def _show(options: argparse.Namespace) -> int:

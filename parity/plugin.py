@@ -7,7 +7,7 @@ them; with `--parity-recordings DIR` nothing is started and stored recordings ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ class _Options:
 
 
 _OPTIONS = pytest.StashKey[_Options]()
+_JUDGED = pytest.StashKey[list["tuple[Evidence, Verdict]"]]()
+"""What was judged in this process, for the diagnosis at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     inconclusive = chosen("inconclusive", "fail")
     if inconclusive not in ("fail", "warn"):
         raise pytest.UsageError(f"parity_inconclusive must be 'fail' or 'warn', not {inconclusive!r}")
+    config.stash[_JUDGED] = []
     config.stash[_OPTIONS] = _Options(
         targets=tuple(config.getoption("--parity-target") or str(config.getini("parity_target")).split()),
         recordings=None if recordings is None else config.invocation_params.dir / recordings,
@@ -141,13 +144,15 @@ def parity_judge(request: pytest.FixtureRequest, parity_evidence: Evidence) -> C
             verdict = judge.judge(parity_evidence, check)
         except ParityError as error:
             pytest.fail(f"parity could not judge: {error}", pytrace=False)
-        text = terminal.render(verdict)
+        request.config.stash[_JUDGED].append((parity_evidence, verdict))
         places = parity_evidence.directories
+        reproduce = f"parity compare {places['reference']} {places['candidate']} --check {check}"
+        text = f"{terminal.render(verdict)}\n  reproduce: {reproduce}"
         request.node.user_properties += [
             ("parity_outcome", verdict.outcome.value),
             ("parity_check", verdict.check),
             ("parity_headline", verdict.headline),
-            ("parity_reproduce", f"parity compare {places['reference']} {places['candidate']} --check {check}"),
+            ("parity_reproduce", reproduce),
             ("parity_verdict", text),
         ]
         if verdict.outcome.value == "FAIL" or (verdict.outcome.value == _INCONCLUSIVE and options.inconclusive_fails):
@@ -171,8 +176,8 @@ def pytest_report_teststatus(
     return None
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One row per check, then each verdict in full, then how to see a bad one again."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One row per check, the most likely cause of what failed, then each verdict in full."""
     found = [
         row
         for reports in terminalreporter.stats.values()
@@ -186,12 +191,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for row in found:
         line = f"{row['parity_outcome']:<12}  {row['parity_check']:<8}  {row['parity_headline']}"
         terminalreporter.write_line(line, green=row["parity_outcome"] == "PASS", red=row["parity_outcome"] == "FAIL")
+    judged = config.stash[_JUDGED]
+    for line in _diagnoses(judged):
+        terminalreporter.write_line(line)
     for row in found:
-        terminalreporter.write_line("")
         if row["parity_outcome"] != "FAIL":  # what failed was printed in full above, as the failure's own text
+            terminalreporter.write_line("")
             terminalreporter.write_line(row["parity_verdict"])
-        if row["parity_outcome"] != "PASS":
-            terminalreporter.write_line(f"reproduce {row['parity_check']}: {row['parity_reproduce']}")
+
+
+def _diagnoses(judged: Sequence[tuple[Evidence, Verdict]]) -> list[str]:
+    """The most likely cause for each target in which a check failed."""
+    if not judged:
+        return []
+    from parity import judge  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    lines: list[str] = []
+    for evidence in {id(e): e for e, _ in judged}.values():
+        said = judge.diagnosis(evidence, [v for e, v in judged if e is evidence])
+        if said is not None:
+            lines += ["", terminal.diagnosis(said)]
+    return lines
 
 
 def _rows(report: pytest.TestReport) -> list[dict[str, str]]:
@@ -206,7 +227,7 @@ def _rows(report: pytest.TestReport) -> list[dict[str, str]]:
 
 
 def _collect(request: pytest.FixtureRequest, options: _Options) -> Evidence:
-    from parity import config, judge  # noqa: PLC0415
+    from parity import collect, config  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
 
@@ -223,7 +244,7 @@ def _collect(request: pytest.FixtureRequest, options: _Options) -> Evidence:
             observer=display,
             fresh=options.fresh,
         )
-        return judge.collect(target, recorder)
+        return collect.collect(target, recorder)
 
 
 def _default_target(options: _Options) -> str | None:

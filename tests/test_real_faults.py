@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from parity import config, judge, models
+from parity import collect, config, judge, models
 from parity.config import Target
+from parity.diagnose import Confidence, Diagnosis
 from parity.display import Display
+from parity.hypotheses import Hypothesis
 from parity.record import Places, Recorder
 from parity.sensitivity import model_faults as plant
+from parity.sensitivity.cases import VLLM_FAULTS
 from parity.verdict import Outcome, Verdict
 
 pytestmark = pytest.mark.real
@@ -29,10 +32,13 @@ ENGINES = Path(__file__).parent / "faults" / "engines"
 SHIPPED = config.read_target(ROOT / "suites" / "targets.toml", "cpu")
 assert SHIPPED.logic is not None
 LOGIC = replace(SHIPPED.logic, requests=config.spread(SHIPPED.logic.requests, 8))
-TARGET = replace(SHIPPED, sampling=None, logic=LOGIC)
-"""Eight prompts are enough in float32, where one decides; no fault here touches sampling."""
+TARGET = replace(
+    SHIPPED, sampling=None, logic=LOGIC, determinism=None, structured=None, contract=False, laws=None, confirm=None
+)
+"""Eight prompts are enough in float32, where one decides; what one engine is asked by itself has its own tests."""
 
 Judged = Callable[[str, Target, int], dict[str, Verdict]]
+Diagnosed = Callable[[str], Diagnosis]
 
 
 @pytest.fixture
@@ -43,8 +49,21 @@ def judged(capfd: pytest.CaptureFixture[str]) -> Judged:
         directory = HOME / "recordings" / f"fault-{name}"
         with capfd.disabled(), Display(sys.stderr) as display:
             recorder = Recorder(directory=directory, places=PLACES, observer=display)
-            evidence = judge.collect(config.limited_to(target, prompts), recorder)
+            evidence = collect.collect(config.limited_to(target, prompts), recorder)
         return {check: judge.judge(evidence, check) for check in evidence.checks}
+
+    return run
+
+
+@pytest.fixture
+def diagnosed() -> Diagnosed:
+    """The cause that is named for a fault which `judged` has recorded; starts nothing."""
+
+    def run(name: str) -> Diagnosis:
+        evidence = judge.gather(HOME / "recordings" / f"fault-{name}")
+        found = judge.diagnosis(evidence, [judge.judge(evidence, check) for check in evidence.checks])
+        assert found is not None
+        return found
 
     return run
 
@@ -118,6 +137,29 @@ def test_a_quantized_copy_fails_in_lock_step_where_texts_would_not_tell(
     assert verdicts["lockstep"].outcome is Outcome.FAIL
     assert verdicts["decode"].outcome is Outcome.FAIL
     assert verdicts["logic"].outcome is Outcome.FAIL
+
+
+def test_a_prompt_that_loses_its_first_token_inside_the_engine_is_found_out(
+    judged: Judged, diagnosed: Diagnosed
+) -> None:
+    """The engine reports the ids that it was sent, so only the numbers can tell: the reference reads them without."""
+    faulty = replace(
+        TARGET.candidate, engine=str(VLLM_FAULTS), options={**TARGET.candidate.options, "fault": "BOS missing"}
+    )
+    verdicts = judged("bos-missing", replace(TARGET, candidate=faulty, logic=None), 24)
+    assert verdicts["inputs"].outcome is Outcome.PASS
+    assert verdicts["lockstep"].outcome is Outcome.FAIL
+    found = diagnosed("bos-missing")
+    assert (found.confidence, found.sentence) == (Confidence.CERTAIN, Hypothesis.FIRST_DROPPED.value)
+
+
+def test_logic_needs_no_more_than_the_first_layers(judged: Judged, model: Path, tmp_path: Path) -> None:
+    """Four layers of thirty: a rope base one per cent off still stands far above the limit, the rest agrees."""
+    spoilt = plant.rope_theta_times(model, tmp_path / "model", factor=1.01)
+    wrong = judged("first-layers-wrong", replace(with_model(spoilt), logic_layers=4), 4)
+    assert wrong["logic"].outcome is Outcome.FAIL
+    right = judged("first-layers", replace(TARGET, logic_layers=4), 4)
+    assert right["logic"].outcome is Outcome.PASS
 
 
 def test_max_tokens_one_short_fails_and_says_exactly_that(judged: Judged) -> None:

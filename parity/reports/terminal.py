@@ -7,7 +7,9 @@ import textwrap
 from collections.abc import Sequence
 
 from parity.comparable import first_difference
+from parity.diagnose import Diagnosis
 from parity.fingerprint import Difference
+from parity.probes import Probe
 from parity.recording import Recording
 from parity.verdict import Finding, Outcome, Verdict
 
@@ -28,6 +30,8 @@ def render(verdict: Verdict) -> str:
         lines += _wrapped(f"probable cause: {cause}", "  ", hang=4)
     for finding in verdict.findings:
         lines += _finding(finding)
+    for ground in verdict.basis:
+        lines += _wrapped(f"judged by: {ground}", "  ", hang=4)
     for warning in verdict.warnings:
         lines += _wrapped(f"warning: {warning}", "  ", hang=4)
     if verdict.changed:
@@ -46,6 +50,27 @@ def table(verdicts: Sequence[Verdict]) -> str:
     for outcome, check, headline in rows:
         head = f"{outcome:<{first}}  {check:<{second}}  "
         lines += _wrapped(headline, head) or [head.rstrip()]
+    return "\n".join(lines)
+
+
+def diagnosis(found: Diagnosis) -> str:
+    """The most likely cause, how sure it is, and what it rests on."""
+    lines = _wrapped(f"cause ({found.confidence.value}): {found.sentence}", "", hang=2)
+    for witness in found.evidence:
+        lines += _wrapped(witness, "  - ", hang=0)
+    return "\n".join(lines)
+
+
+def probes(found: Sequence[Probe]) -> str:
+    """One row per probe: what was seen, and the witnesses of what is not as asked."""
+    names = max((len(p.name) for p in found), default=0)
+    answers = max((len(p.answer.value) for p in found), default=0)
+    lines: list[str] = []
+    for probe in found:
+        causes = "" if probe.cause is None else f"{probe.cause.value}; "
+        lines += _wrapped(f"{causes}{probe.sentence}", f"  {probe.answer.value:<{answers}}  {probe.name:<{names}}  ")
+        for witness in probe.evidence:
+            lines += _wrapped(witness, " " * (answers + names + 6) + "- ", hang=0)
     return "\n".join(lines)
 
 
