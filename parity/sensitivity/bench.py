@@ -1,131 +1,76 @@
 """Runs every seeded fault and every harmless variation through the real engine, and tells how often each rule notices.
 
-One reference recording and one measurement of the noise serve all cases; each case starts the candidate twice (its own
-precision, float32). Prompt sets are drawn anew from what was recorded. Everything recorded is kept and reused, so an
-interrupted bench goes on where it stopped.
+One reference recording and one measurement of the noise serve all cases; each case starts the candidate once in its
+own precision and once in float32, and the reference scores what all of them decoded in one start. Prompt sets are drawn
+anew from what was recorded. Everything recorded is kept and reused, so an interrupted bench goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity import equivalence, lockstep, models
+from parity import collect, equivalence, hypotheses, judge, lockstep, models, stages
 from parity import noise as noise_
-from parity.checks import greedy, logic
+from parity.checks import greedy
 from parity.config import Target, limited_to
+from parity.diagnose import Confidence
 from parity.engines import EngineSpec
 from parity.errors import ConfigError, ParityError
+from parity.judge import Evidence
 from parity.noise import Noise
 from parity.prompts import Workload
-from parity.record import Observer, Places, Recorder
+from parity.record import Observer, Places, Recorder, Sequel
 from parity.recording import Recording
-from parity.sensitivity import model_faults, peers
-from parity.verdict import Outcome, worst
+from parity.sensitivity import peers
+from parity.sensitivity.cases import Case, cases, chosen
+from parity.verdict import Outcome, Verdict, worst
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 SIZES = (16, 32, 48, 64)
 _LOGIC_PROMPTS = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One changed candidate. fault: something that must be noticed, unless rounding hides it; else harmless."""
-
-    name: str
-    fault: bool
-    computes_otherwise: bool
-    candidate: Callable[[EngineSpec, Path], EngineSpec]
+_HYPOTHESIS_PROMPTS = 24
+_PEERS_AT = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What the rules say of one case.
+    """What the rules say of one case. Rates are shares of drawn prompt sets, by size, each rule in one stage.
 
-    kl_ratio: KL divergence in units of the measured floor. lockstep, lockstep_pass, greedy: share of drawn prompt sets
-    that FAIL (PASS), by size. logic: largest half variance of a prompt in float32. peers: share that fail, at 48.
+    kl_nats, kl_ratio: KL divergence a token of the reference's tokens, and in units of the measured floor; decode_ratio
+        the same of the tokens that the candidate decoded. NaN where the case was not run in 16 bits.
+    lockstep, decode, greedy: sets that FAIL. caught: sets that fail any of the three. passes: sets that PASS all three.
+    logic_nats2: largest half variance of a prompt in float32.
+    outcomes: of every check on all prompts. diagnosis, confidence: what is said to be wrong. right: whether that names
+        what was planted; None where nothing was said with certainty or nothing could be asked.
+    peers: sets that fail each peer's rule, at 48 prompts.
     """
 
     name: str
-    fault: bool
-    computes_otherwise: bool
+    kind: str
     kl_nats: float
     kl_ratio: float
+    decode_ratio: float
     lockstep: Mapping[str, float]
-    lockstep_pass: Mapping[str, float]
+    decode: Mapping[str, float]
     greedy: Mapping[str, float]
-    logic_outcome: str
+    caught: Mapping[str, float]
+    passes: Mapping[str, float]
     logic_nats2: float
+    outcomes: Mapping[str, str]
+    diagnosis: str
+    confidence: str
+    right: bool | None
     peers: Mapping[str, float]
-
-
-def cases(layer: int) -> tuple[Case, ...]:
-    """Harmless variations first, then the seeded faults of `model_faults`."""
-
-    def options(**changes: object) -> Callable[[EngineSpec, Path], EngineSpec]:
-        return lambda spec, _: replace(spec, options={**spec.options, **changes})
-
-    def planted(fault: model_faults.Fault) -> Callable[[EngineSpec, Path], EngineSpec]:
-        def spoilt(spec: EngineSpec, scratch: Path) -> EngineSpec:
-            target = scratch / _slug(fault.name)
-            if not target.is_dir():
-                fault.plant(Path(spec.model), target)
-            return replace(spec, model=str(target))
-
-        return spoilt
-
-    def in_vllm(**changes: object) -> Callable[[EngineSpec, Path], EngineSpec]:
-        def spoilt(spec: EngineSpec, _: Path) -> EngineSpec:
-            if spec.engine != "vllm":
-                raise ValueError(f"this fault is planted in vllm, and the candidate is {spec.engine_label}")
-            engine = str(Path(__file__).with_name("vllm_faults.py")) if "fault" in changes else spec.engine
-            return replace(spec, engine=engine, options={**spec.options, **changes})
-
-        return spoilt
-
-    running: tuple[tuple[str, Callable[[EngineSpec, Path], EngineSpec]], ...] = (
-        ("gelu for silu", in_vllm(fault="gelu for silu")),
-        ("logit bias 0.05", in_vllm(fault="logit bias 0.05")),
-        ("KV cache fp8", in_vllm(kv_cache_dtype="fp8")),
-        ("sliding window 64", in_vllm(hf_overrides={"sliding_window": 64})),
-    )
-    harmless: tuple[tuple[str, Callable[[EngineSpec, Path], EngineSpec]], ...] = (
-        ("nothing changed", lambda spec, _: spec),
-        ("batches of 4", options(max_num_seqs=4)),
-        ("chunks of 256 tokens", options(max_num_batched_tokens=256, max_num_seqs=64)),
-        ("one thread", lambda spec, _: replace(spec, threads=1)),
-        ("float32 for bfloat16", lambda spec, _: replace(spec, dtype="float32")),
-    )
-    return (
-        *(Case(name=n, fault=False, computes_otherwise=False, candidate=c) for n, c in harmless),
-        *(
-            Case(name=f.name, fault=True, computes_otherwise=f.computes_otherwise, candidate=planted(f))
-            for f in model_faults.registry(layer)
-            # Tokenizer and template faults change the prompt, not the engine: the inputs check sees them.
-            if f.computes_otherwise
-        ),
-        *(Case(name=n, fault=True, computes_otherwise=True, candidate=c) for n, c in running),
-    )
-
-
-def chosen_cases(layer: int, names: Sequence[str] | None) -> tuple[Case, ...]:
-    """The named cases, or all.
-
-    Raises:
-        ConfigError: If there is no such case.
-    """
-    known = cases(layer)
-    if unknown := set(names or ()) - {case.name for case in known}:
-        raise ConfigError(f"there is no case {min(unknown)!r}; cases are {', '.join(c.name for c in known)}")
-    return tuple(case for case in known if names is None or case.name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +81,7 @@ class Bench:
     directory: Path
     places: Places
     observer: Observer
-    prompts: int = 96
+    prompts: int = 64
     draws: int = 100
     seed: int = 7
 
@@ -145,23 +90,28 @@ class Bench:
 
         Raises:
             ConfigError: If a case does not exist, or the target has no noise engine.
-            ParityError: If an engine cannot run.
+            ParityError: If the reference or the noise engine cannot run; a case that cannot is left out and named.
         """
         if self.target.noise is None:
             raise ConfigError(f"target {self.target.name!r} has no noise engine; sensitivity needs a measured floor")
         model = models.provide(self.target.candidate.model, cache=self.places.models, report=self.observer.note)
         config = json.loads((model / "config.json").read_text("utf-8"))
-        chosen = chosen_cases(int(config["num_hidden_layers"]) // 2, names)
+        known = cases(int(config["num_hidden_layers"]) // 2, self.target.candidate, self.places.locks)
+        wanted = chosen(known, names)
         base = self._base()
-        rows = []
-        for number, case in enumerate(chosen, start=1):
-            self.observer.note(f"case {number} of {len(chosen)}: {case.name}")
+        answered: dict[str, dict[str, Recording]] = {}
+        for number, case in enumerate(wanted, start=1):
+            self.observer.note(f"case {number} of {len(wanted)}: {case.name}")
             try:
-                rows.append(self._row(case, base, model))
-            except ValueError as error:  # a fault that this model has no place for
+                answered[case.name] = self._answers(case, base, model)
+            except (ValueError, ParityError) as error:  # no place for this fault in this model or engine
                 self.observer.note(f"{case.name}: left out ({error})")
-                continue
-            self._keep(rows)
+        scored = self._decoded(base, wanted, answered)
+        rows = []
+        for case in wanted:
+            if case.name in answered:
+                rows.append(self._row(case, base, answered[case.name] | scored.get(case.name, {})))
+                self._keep(rows)
         return tuple(rows)
 
     def _recorder(self, name: str) -> Recorder:
@@ -170,86 +120,127 @@ class Bench:
     def _base(self) -> Base:
         assert self.target.noise is not None, "run() has refused it"
         target = limited_to(self.target, self.prompts)
-        short = None if target.logic is None else limited_to(target, _LOGIC_PROMPTS).logic
+        short = limited_to(target, _LOGIC_PROMPTS).logic
         recorder = self._recorder("base")
-        jobs = {"reference": target.workload} | ({"logic-reference": short} if short else {})
+        jobs: dict[str, Workload | Sequel] = {"reference": target.workload}
+        if short is not None:
+            jobs["logic-reference"] = short
+        if target.sampling is not None:
+            jobs["sampled-reference"] = target.sampling
         found = recorder.record(target.reference, jobs)
         reference = found["reference"]
-        workload = target.workload.with_prompt_token_ids({c.id: c.prompt_token_ids for c in reference.completions})
-        forced = workload.forced(
-            tokens_of={c.id: c.token_ids for c in reference.completions}, forced_from=reference.digest
-        )
-        scores = recorder.record(self.target.noise, {"noise": forced})["noise"]
-        logic_forced = None
+        workload = collect.sent_as(target.workload, reference)
+        forced = collect.forced(workload, reference, len(workload.requests))
+        found |= recorder.record(self.target.noise, {"noise": forced})
+        asked = hypotheses.workloads(collect.forced(workload, reference, _HYPOTHESIS_PROMPTS))
+        found |= recorder.record(self.target.reference, asked)
+        logic = sampled = None
         if short is not None:
-            ours = found["logic-reference"]
-            logic_forced = short.with_prompt_token_ids({c.id: c.prompt_token_ids for c in ours.completions}).forced(
-                tokens_of={c.id: c.token_ids for c in ours.completions}, forced_from=ours.digest
-            )
-        return Base(
-            reference=reference,
-            scores=scores,
-            workload=workload,
-            forced=forced,
-            logic_reference=found.get("logic-reference"),
-            logic_forced=logic_forced,
-        )
+            sent = collect.sent_as(short, found["logic-reference"])
+            logic = collect.forced(sent, found["logic-reference"], len(sent.requests))
+        if target.sampling is not None:
+            sampled = collect.sent_as(target.sampling, found["sampled-reference"])
+        return Base(found=found, workload=workload, forced=forced, logic=logic, sampled=sampled)
 
-    def _row(self, case: Case, base: Base, model: Path) -> Row:
+    def _answers(self, case: Case, base: Base, model: Path) -> dict[str, Recording]:
+        """All that one case's engine is asked; a failure leaves nothing half done, since recordings are reused."""
         scratch = self.directory / "models"
         scratch.mkdir(parents=True, exist_ok=True)
-        spec = case.candidate(replace(self.target.candidate, model=str(model)), scratch)
-        recorder = self._recorder(_slug(case.name))
-        found = recorder.record(spec, {"candidate": base.workload, "candidate-scores": base.forced})
-        outcome, largest = "", float("nan")
-        if base.logic_reference is not None and base.logic_forced is not None:
-            theirs = recorder.record(replace(spec, dtype="float32"), {"logic-candidate": base.logic_forced})
-            verdict = logic.check(base.logic_reference, theirs["logic-candidate"], noise=None, limits=logic.Limits())
-            outcome, largest = verdict.outcome.value, verdict.findings[0].candidate or 0.0
-        return self._judged(case, base, found, outcome, largest)
+        spec = case.change(replace(self.target.candidate, model=str(model)), scratch)
+        recorder = self._recorder(case.slug)
+        found: dict[str, Recording] = {}
+        if case.in_16_bits:
+            jobs: dict[str, Workload | Sequel] = {"candidate": base.workload, "candidate-scores": base.forced}
+            if case.asks_requests and base.sampled is not None:
+                jobs["sampled-candidate"] = base.sampled
+            if case.asks_requests and self.target.contract:
+                jobs |= collect.contract_jobs("candidate")
+            found |= recorder.record(spec, jobs)
+        if case.in_float32 and base.logic is not None:
+            found |= recorder.record(_in_float32(spec), {"logic-candidate": base.logic})
+        return found
 
-    def _judged(self, case: Case, base: Base, found: Mapping[str, Recording], outcome: str, largest: float) -> Row:
-        scores, answers = found["candidate-scores"], found["candidate"]
-        steps = lockstep.measure(base.reference, scores)
-        noise = noise_.measure(base.reference, base.scores, candidate_dtype=noise_.dtype_of(scores))
-        assert noise.steps is not None, "measure fills it"
-        floor = float(noise.steps.kl_nats.mean()) * noise.sides or equivalence.Limits().float32_nats
-        draw = np.random.default_rng(self.seed)
-        sets = {size: self._sets(draw, len(steps.prompt_ids), size) for size in SIZES if size <= len(steps.prompt_ids)}
-        pair = equivalence.Pair(
-            reference=base.reference,
-            candidate=scores,
-            steps=steps,
-            noise=noise,
-            judged_sides=noise_.sixteen_bit_sides(base.reference, scores),
-            limits=equivalence.Limits.of(self.target.policy),
-        )
-        fails: dict[str, float] = {}
-        passes: dict[str, float] = {}
-        free: dict[str, float] = {}
-        for size, drawn in sets.items():
-            outcomes = [_outcome(pair, [steps.prompt_ids[n] for n in ids]) for ids in drawn]
-            fails[str(size)] = _share(outcomes, Outcome.FAIL)
-            passes[str(size)] = _share(outcomes, Outcome.PASS)
-            own = [_greedy(base.reference, answers, noise, [steps.prompt_ids[n] for n in ids]) for ids in drawn]
-            free[str(size)] = _share(own, Outcome.FAIL)
-        peer_sets = sets.get(48) or next(iter(sets.values()))
+    def _decoded(
+        self, base: Base, wanted: Sequence[Case], answered: Mapping[str, Mapping[str, Recording]]
+    ) -> dict[str, dict[str, Recording]]:
+        """The reference scores the tokens that each case decoded: one start for all of them."""
+        jobs: dict[str, Workload | Sequel] = {}
+        for case in wanted:
+            if (own := answered.get(case.name, {}).get("candidate")) is not None:
+                asked = collect.forced(base.workload, own, len(base.workload.requests))
+                if asked.requests:
+                    jobs[case.slug] = asked
+        scored = self._recorder("decoded").record(self.target.reference, jobs) if jobs else {}
+        return {case.name: {"reference-scores": scored[case.slug]} for case in wanted if case.slug in scored}
+
+    def _row(self, case: Case, base: Base, found: Mapping[str, Recording]) -> Row:
+        evidence = self._evidence(base, found)
+        verdicts = [v for check in evidence.checks if (v := _verdict(evidence, check)) is not None]
+        by_name = {v.check: v for v in verdicts}
+        said = judge.diagnosis(evidence, verdicts)
+        certain = said is not None and said.confidence is not Confidence.NONE
+        right = None
+        if said is not None and certain and case.cause is not None:
+            right = re.search(case.cause, said.sentence) is not None
+        logic = by_name.get("logic")
         return Row(
             name=case.name,
-            fault=case.fault,
-            computes_otherwise=case.computes_otherwise,
-            kl_nats=float(steps.kl_nats.mean()),
-            kl_ratio=float(steps.kl_nats.mean()) / floor,
-            lockstep=fails,
-            lockstep_pass=passes,
-            greedy=free,
-            logic_outcome=outcome,
-            logic_nats2=largest,
-            peers=peers.decisions(peers.Answers(reference=base.reference, candidate=answers, steps=steps), peer_sets),
+            kind=case.kind.value,
+            logic_nats2=float("nan") if logic is None else logic.findings[0].candidate or 0.0,
+            outcomes={v.check: v.outcome.value for v in verdicts},
+            diagnosis="" if said is None else said.sentence,
+            confidence="" if said is None else said.confidence.value,
+            right=right,
+            **self._rates(evidence) if "candidate" in found else _NO_RATES,
         )
 
-    def _sets(self, draw: np.random.Generator, total: int, size: int) -> list[NDArray[np.intp]]:
-        return [draw.choice(total, size=size, replace=False) for _ in range(self.draws)]
+    def _evidence(self, base: Base, found: Mapping[str, Recording]) -> Evidence:
+        recordings = {**base.found, **found}
+        if "candidate" not in found:  # a case of float32 alone
+            recordings = {role: r for role, r in recordings.items() if role.startswith("logic-") or role == "reference"}
+            recordings["candidate"] = found["logic-candidate"]
+        return Evidence(recordings=recordings, policy=self.target.policy, limits=self.target.limits, directories={})
+
+    def _rates(self, evidence: Evidence) -> dict[str, Any]:
+        """How often each rule decides what, over drawn sets of prompts."""
+        reference, scores = evidence.reference, evidence.recordings["candidate-scores"]
+        noise = evidence.noise
+        assert noise is not None, "run() has refused a target without a noise engine"
+        assert noise.steps is not None, "measure fills it"
+        floor = float(noise.steps.kl_nats.mean()) * noise.sides or equivalence.Limits().float32_nats
+        steps = lockstep.measure(reference, scores)
+        pair = _pair(reference, scores, noise, self.target)
+        other = decoded = None
+        if (theirs := evidence.recordings.get("reference-scores")) is not None:
+            decoded = _pair(theirs, evidence.candidate, noise, self.target)
+            other = float(decoded.steps.kl_nats.mean()) / floor
+        draw = np.random.default_rng(self.seed)
+        ids = steps.prompt_ids
+        sets = {
+            n: [draw.choice(len(ids), size=n, replace=False) for _ in range(self.draws)] for n in SIZES if n <= len(ids)
+        }
+        rates: dict[str, dict[str, float]] = {name: {} for name in ("lockstep", "decode", "greedy", "caught", "passes")}
+        for size, drawn in sets.items():
+            outcomes = [
+                (
+                    _outcome(pair, some),
+                    Outcome.PASS if decoded is None else _outcome(decoded, some),
+                    _greedy(reference, evidence.candidate, noise, some),
+                )
+                for some in ([ids[n] for n in one] for one in drawn)
+            ]
+            for column, name in enumerate(("lockstep", "decode", "greedy")):
+                rates[name][str(size)] = float(np.mean([o[column] is Outcome.FAIL for o in outcomes]))
+            rates["caught"][str(size)] = float(np.mean([worst(o) is Outcome.FAIL for o in outcomes]))
+            rates["passes"][str(size)] = float(np.mean([worst(o) is Outcome.PASS for o in outcomes]))
+        at = sets.get(_PEERS_AT) or next(iter(sets.values()))
+        return {
+            "kl_nats": float(steps.kl_nats.mean()),
+            "kl_ratio": float(steps.kl_nats.mean()) / floor,
+            "decode_ratio": float("nan") if other is None else other,
+            **rates,
+            "peers": peers.decisions(peers.Answers(reference=reference, candidate=evidence.candidate, steps=steps), at),
+        }
 
     def _keep(self, rows: Sequence[Row]) -> None:
         """Rows of earlier runs stay; one measured again takes its old place."""
@@ -261,21 +252,56 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What all cases share."""
+    """What all cases share: recordings by role, and what each case is asked."""
 
-    reference: Recording
-    scores: Recording
+    found: Mapping[str, Recording]
     workload: Workload
     forced: Workload
-    logic_reference: Recording | None
-    logic_forced: Workload | None
+    logic: Workload | None
+    sampled: Workload | None
+
+    @cached_property
+    def reference(self) -> Recording:
+        """The reference's own answers."""
+        return self.found["reference"]
+
+
+_NO_RATES: Mapping[str, Any] = {
+    "kl_nats": float("nan"),
+    "kl_ratio": float("nan"),
+    "decode_ratio": float("nan"),
+    **{name: {} for name in ("lockstep", "decode", "greedy", "caught", "passes", "peers")},
+}
+
+
+def _in_float32(spec: EngineSpec) -> EngineSpec:
+    return replace(spec, dtype="float32")
+
+
+def _verdict(evidence: Evidence, check: str) -> Verdict | None:
+    try:
+        return judge.judge(evidence, check)
+    except ParityError:
+        return None
+
+
+def _pair(reference: Recording, candidate: Recording, noise: Noise, target: Target) -> equivalence.Pair:
+    return equivalence.Pair(
+        reference=reference,
+        candidate=candidate,
+        steps=lockstep.measure(reference, candidate),
+        noise=noise,
+        judged_sides=noise_.sixteen_bit_sides(reference, candidate),
+        limits=equivalence.Limits.of(target.policy).at(stages.ONE_STAGE),
+    )
 
 
 def _outcome(pair: equivalence.Pair, ids: Sequence[str]) -> Outcome:
     noise = pair.noise
     assert noise is not None
     assert noise.steps is not None
-    some = replace(pair, steps=pair.steps.only(ids), noise=replace(noise, steps=noise.steps.only(ids)))
+    held = [i for i in ids if i in set(pair.steps.prompt_ids)]  # a prompt may have no answer to score
+    some = replace(pair, steps=pair.steps.only(held), noise=replace(noise, steps=noise.steps.only(ids)))
     return worst([f.outcome for f in equivalence.findings(some)])
 
 
@@ -290,43 +316,3 @@ def _greedy(reference: Recording, candidate: Recording, noise: Noise, ids: Seque
 def _part(recording: Recording, ids: Sequence[str]) -> Recording:
     workload = replace(recording.workload, request_ids=tuple(ids))
     return replace(recording, workload=workload, completions=tuple(recording.by_id[i] for i in ids))
-
-
-def _share(outcomes: Sequence[Outcome], wanted: Outcome) -> float:
-    return sum(o is wanted for o in outcomes) / len(outcomes)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("+", "plus")).strip("-")
-
-
-def table(rows: Sequence[Mapping[str, Any]] | Sequence[Row]) -> str:
-    """The rows as a Markdown table, ours beside the peers'."""
-    plain = [asdict(row) if isinstance(row, Row) else dict(row) for row in rows]
-    sizes = list(plain[0]["lockstep"]) if plain else []
-    names = [rule.name for rule in peers.RULES]
-    at = "/".join(sizes)
-    head = [
-        "case",
-        "KL nats",
-        "x floor",
-        f"lockstep FAIL @{at}",
-        f"PASS @{at}",
-        f"greedy FAIL @{at}",
-        "float32",
-        *names,
-    ]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in plain:
-        cells = [
-            row["name"] if row["fault"] else f"*{row['name']}*",
-            f"{row['kl_nats']:.2g}",
-            f"{row['kl_ratio']:.2f}",
-            "/".join(f"{row['lockstep'][s]:.2f}" for s in sizes),
-            "/".join(f"{row['lockstep_pass'][s]:.2f}" for s in sizes),
-            "/".join(f"{row['greedy'][s]:.2f}" for s in sizes),
-            f"{row['logic_outcome']} {row['logic_nats2']:.1g}",
-            *(f"{row['peers'][n]:.2f}" for n in names),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
