@@ -59,3 +59,8 @@ def test_determinism(parity_judge: Callable[[str], Verdict]) -> None:
 def test_structured(parity_judge: Callable[[str], Verdict]) -> None:
     """Answers that must follow a schema, an expression or a choice follow it."""
     parity_judge("structured")
+
+
+def test_laws(parity_judge: Callable[[str], Verdict]) -> None:
+    """However the candidate is asked the same thing, it gives the same answer, whole and in form."""
+    parity_judge("laws")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from parity import collect, config, judge, models
+from parity.checks import logic
 from parity.config import Target
 from parity.diagnose import Confidence, Diagnosis
 from parity.display import Display
@@ -153,13 +154,19 @@ def test_a_prompt_that_loses_its_first_token_inside_the_engine_is_found_out(
     assert (found.confidence, found.sentence) == (Confidence.CERTAIN, Hypothesis.FIRST_DROPPED.value)
 
 
-def test_logic_needs_no_more_than_the_first_layers(judged: Judged, model: Path, tmp_path: Path) -> None:
+def test_logic_needs_no_more_than_the_first_layers(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Four layers of thirty: a rope base one per cent off still stands far above the limit, the rest agrees."""
-    spoilt = plant.rope_theta_times(model, tmp_path / "model", factor=1.01)
-    wrong = judged("first-layers-wrong", replace(with_model(spoilt), logic_layers=4), 4)
-    assert wrong["logic"].outcome is Outcome.FAIL
-    right = judged("first-layers", replace(TARGET, logic_layers=4), 4)
-    assert right["logic"].outcome is Outcome.PASS
+    wrong = with_model(plant.rope_theta_times(model, tmp_path / "model", factor=1.01))
+    for name, target, outcome in (("right", TARGET, Outcome.PASS), ("wrong", wrong, Outcome.FAIL)):
+        short = replace(target, logic_layers=4)
+        assert short.logic is not None
+        with capfd.disabled(), Display(sys.stderr) as display:
+            recorder = Recorder(directory=HOME / "recordings" / f"first-layers-{name}", places=PLACES, observer=display)
+            found = collect._logic(short, short.logic, recorder, {})
+        verdict = logic.check(found["logic-reference"], found["logic-candidate"], noise=None, limits=logic.Limits())
+        assert verdict.outcome is outcome
 
 
 def test_max_tokens_one_short_fails_and_says_exactly_that(judged: Judged) -> None:
