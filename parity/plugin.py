@@ -189,7 +189,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("parity")
     for row in found:
-        line = f"{row['parity_outcome']:<12}  {row['parity_check']:<8}  {row['parity_headline']}"
+        line = f"{row['parity_outcome']:<12}  {row['parity_check']:<11}  {row['parity_headline']}"
         terminalreporter.write_line(line, green=row["parity_outcome"] == "PASS", red=row["parity_outcome"] == "FAIL")
     judged = config.stash[_JUDGED]
     for line in _diagnoses(judged):

@@ -113,7 +113,7 @@ def test_engines_run_once_however_many_tests_judge_them(suite: Suite, pytester: 
             "parity: hardware *",
             "*= parity =*",
             "PASS          inputs    *",
-            "PASS          greedy    33 of 33 prompts identical*",
+            "PASS          greedy       33 of 33 prompts identical*",
             "PASS  inputs: counting 1 float32 against counting 1 float32",
             "*4 passed*",
         ]
