@@ -288,30 +288,43 @@ def _far_flips(pair: Pair) -> Finding:
 
 
 def _excess_flips(pair: Pair) -> list[Finding]:
-    """R2: as many changed choices as the reference's own gaps and the measured shifts predict?"""
+    """R2: as many changed choices as the reference's own gaps and the measured shifts predict?
+
+    The prediction knows two tokens and no ties. How many more a correct engine changes, the noise engine shows: its own
+    changed choices over those predicted for it (1.27 for Transformers in bfloat16) scale the candidate's.
+    """
     steps, limits, noise = pair.steps, pair.limits, pair.noise
     if noise is None or noise.steps is None or limits.budget_nats > 0.0:
         return []
-    shifts = noise.steps.shift_nats[np.isfinite(noise.steps.shift_nats)] * math.sqrt(noise.sides)
+    shifts = noise.steps.shift_nats[np.isfinite(noise.steps.shift_nats)]
     if shifts.size < 500:  # too few to say how often a shift exceeds a gap
         return []
-    # Either token may be favoured: the shift's sign carries no information, so both signs of each are used.
-    both = np.sort(np.concatenate([shifts, -shifts]))
-    expected = float(np.sum(1.0 - np.searchsorted(both, steps.gap_nats, side="left") / both.size))
+    own, own_predicted = int(noise.steps.flipped.sum()), _predicted(noise.steps, shifts)
+    more = max(1.0, own / max(own_predicted, 1.0))
+    expected = more * _predicted(steps, shifts * math.sqrt(noise.sides))
     observed = int(steps.flipped.sum())
-    z = (observed - 1.1 * expected) / math.sqrt(1.5 * max(expected, 0.5))
+    # Counts vary 1.5 times as much as Poisson's; the noise engine's own count is such a count too.
+    spread = math.sqrt(1.5 * max(expected, 0.5) * (1.0 + expected / max(own, 1)))
+    z = (observed - 1.1 * expected) / spread
     return [
         _SHOWN(
             metric="number of changed choices",
             outcome=Outcome.FAIL if z > limits.excess_flips_z else Outcome.PASS,
-            sentence=f"{observed} changed choices, {expected:.1f} expected from the gaps and the measured shifts "
-            f"(z {z:+.1f})",
+            sentence=f"{observed} changed choices, {expected:.1f} expected from the gaps, the measured shifts and the "
+            f"{own} of the noise engine (z {z:+.1f})",
             unit="tokens",
             candidate=float(observed),
-            limit=f"z = (observed - 1.1 expected) / sqrt(1.5 expected) at most {limits.excess_flips_z:g}",
+            limit=f"z = (observed - 1.1 expected) / its standard error at most {limits.excess_flips_z:.3g}",
             n=len(steps),
         )
     ]
+
+
+def _predicted(steps: Steps, shifts: NDArray[np.float64]) -> float:
+    """Positions at which a shift drawn from these exceeds the reference's gap."""
+    # Either token may be favoured: the shift's sign carries no information, so both signs of each are used.
+    both = np.sort(np.concatenate([shifts, -shifts]))
+    return float(np.sum(1.0 - np.searchsorted(both, steps.gap_nats, side="left") / both.size))
 
 
 def _against_arbiter(pair: Pair) -> tuple[Steps, Steps] | None:

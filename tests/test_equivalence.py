@@ -192,6 +192,31 @@ def test_decoding_is_held_against_the_reference_in_the_same_way() -> None:
     assert decode.check(scored, spoilt, noise=measured, limits=Limits()).outcome is Outcome.FAIL
 
 
+def test_more_changed_choices_than_gaps_and_shifts_explain_fail() -> None:
+    world = World(prompts=48, tokens=40)
+    name = "number of changed choices"
+    assert finding(judged(sides(world)), name).outcome is Outcome.PASS
+    assert finding(judged(sides(world, size=4 * ROUNDING)), name).outcome is Outcome.FAIL
+
+
+def test_a_noise_engine_that_changes_more_choices_than_predicted_raises_what_is_expected() -> None:
+    """Ties fall the other way in every correct engine of this precision; two tokens' gaps do not predict that."""
+    world = World(prompts=48, tokens=40)
+    reference, candidate, scores = sides(world)
+    logits = world.rounded(10)
+    for each, exact in zip(logits, world.model(), strict=True):
+        near = np.sort(exact, axis=1)[:, -1] - np.sort(exact, axis=1)[:, -2] < 0.15
+        rows = np.flatnonzero(near)
+        first, second = np.argsort(-exact[rows], axis=1)[:, :2].T
+        each[rows, first], each[rows, second] = exact[rows, second], exact[rows, first]
+    flipping = world.recording(logits, world.tokens_of(world.model()), dtype="bfloat16", forced_from=reference.digest)
+    plain, raised = (
+        finding(judged((reference, candidate, n)), "number of changed choices") for n in (scores, flipping)
+    )
+    expected = [float(f.sentence.split(" changed choices, ")[1].split(" expected")[0]) for f in (plain, raised)]
+    assert expected[1] > 1.3 * expected[0]
+
+
 # Error rates --------------------------------------------------------------------------------------------------------
 
 
