@@ -129,3 +129,12 @@ def test_of_large_recordings_only_the_latest_stay_in_memory(tmp_path: Path, monk
     assert kept["noise"].completions
     assert kept["reference"].completions
     assert read == ["reference", "candidate", "noise", "reference"]
+
+
+@pytest.mark.parametrize("verb", ["probe", "laws"])
+def test_an_engine_that_cannot_be_asked_is_one_sentence(tmp_path: Path, verb: str) -> None:
+    """The drill knows no temperature and no stop strings, which both commands ask for."""
+    ended = Suite(tmp_path).write(prompts=4).command(verb)
+    assert ended.code == 2
+    assert ended.sentence.startswith("drill float32 failed while answering")
+    assert "cannot honour" in ended.sentence
