@@ -170,15 +170,18 @@ def contract_jobs(side: str) -> dict[str, Workload | Sequel]:
 def _logic(
     target: Target, workload: Workload, recorder: Recorder, found: Mapping[str, Recording]
 ) -> dict[str, Recording]:
-    """Both engines in float32: the reference answers, the candidate scores its tokens."""
+    """Both engines in float32: each answers, the other scores its tokens."""
     ours = found.get("logic-reference")
     if ours is None:
         spec = _in_float32(target.reference, target, recorder)
         ours = recorder.record(spec, {"logic-reference": workload})["logic-reference"]
     sent = sent_as(workload, ours)
     scored = forced(sent, ours, len(sent.requests))
-    theirs = recorder.record(_in_float32(target.candidate, target, recorder), {"logic-candidate": scored})
-    return {"logic-reference": ours, **theirs}
+    asked = {"logic-candidate": scored, "stepwise-candidate": sent}
+    theirs = recorder.record(_in_float32(target.candidate, target, recorder), asked)
+    decoded = forced(sent, theirs["stepwise-candidate"], len(sent.requests))
+    spec = _in_float32(target.reference, target, recorder)
+    return {"logic-reference": ours, **theirs, **recorder.record(spec, {"stepwise-reference": decoded})}
 
 
 def _in_float32(spec: EngineSpec, target: Target, recorder: Recorder) -> EngineSpec:

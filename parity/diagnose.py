@@ -20,7 +20,7 @@ from parity.verdict import Finding, Outcome, Verdict
 _HARMLESS = ("transformers_version", "_name_or_path")
 _LONGEST_VALUE = 60
 _LAWS_OF_SHAPE = ("numbers", "ends", "stop strings", "text and tokens")
-_NUMERIC = ("lockstep", "decode", "logic", "greedy")
+_NUMERIC = ("lockstep", "decode", "logic", "stepwise", "greedy")
 _LOW_PRECISION = ("fp8", "int8", "fp4", "int4", "e4m3", "e5m2")
 
 
@@ -146,7 +146,7 @@ def _other_prompt(seen: Seen) -> Diagnosis | None:
 
 
 def _decoding_alone(seen: Seen) -> Diagnosis | None:
-    if seen.failed("decode") and seen.passed("lockstep"):
+    if seen.failed("decode", "stepwise") and seen.passed("lockstep") and not seen.failed("logic"):
         return _likely(
             seen,
             "the decode path: what is prefilled agrees and what is decoded token by token does not, so positions "
@@ -175,7 +175,7 @@ def _below_rounding(seen: Seen) -> Diagnosis | None:
 
 
 def _precision(seen: Seen) -> Diagnosis | None:
-    if seen.failed("lockstep", "decode") and seen.passed("logic"):
+    if seen.failed("lockstep", "decode") and seen.passed("logic") and not seen.failed("stepwise"):
         return _likely(
             seen,
             "precision: in float32 both sides compute the same function, so something is stored or multiplied in fewer "

@@ -29,6 +29,7 @@ CHECKS = (
     "lockstep",
     "decode",
     "logic",
+    "stepwise",
     "sampling",
     "determinism",
     "structured",
@@ -37,7 +38,7 @@ CHECKS = (
 RUN = "run.json"
 _HELD_BYTES = 1 << 30
 _BY_NOISE = ("greedy", "lockstep", "decode", "determinism", "laws", "contract")
-_EXACT = ("greedy", "logic")
+_EXACT = ("greedy", "logic", "stepwise")
 """Checks for engines that compute the same function."""
 _SIDES = ("reference", "candidate")
 _SCORES_OF = {"noise": "reference", "candidate-scores": "reference", "reference-scores": "candidate"}
@@ -49,9 +50,9 @@ class Evidence:
     """The recordings of one run by role, and what they are judged by.
 
     Roles: `reference` and `candidate` decode freely; `noise`, `candidate-scores` and `reference-scores` are scores of
-    the other's tokens; `logic-reference` and `logic-candidate` are the two engines in float32, `sampled-reference` and
-    `sampled-candidate` their sampled answers. `determinism-`, `structured-`, `contract-` and `laws-` are what one
-    engine answered to questions about itself; `hypothesis-` are the reference's scores behind changed prompts.
+    the other's tokens; `logic-` and `stepwise-` are the two engines in float32, `sampled-` their sampled answers.
+    `determinism-`, `structured-`, `contract-` and `laws-` are what one engine answered to questions about itself;
+    `hypothesis-` are the reference's scores behind changed prompts.
     directories: where each recording lies, by role, for the commands that reproduce a verdict.
     confirmation: the same on fresh prompts, where a check was flagged.
     """

@@ -41,6 +41,11 @@ def test_logic(parity_judge: Callable[[str], Verdict]) -> None:
     parity_judge("logic")
 
 
+def test_stepwise(parity_judge: Callable[[str], Verdict]) -> None:
+    """In float32, what the candidate decodes token by token, the reference scores alike."""
+    parity_judge("stepwise")
+
+
 def test_sampling(parity_judge: Callable[[str], Verdict]) -> None:
     """Each engine samples as it was asked: temperature and filters, by its own log-probabilities."""
     parity_judge("sampling")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lockstep_cases import World
-from parity.checks import logic
+from parity.checks import logic, stepwise
 from parity.checks.logic import Limits
 from parity.errors import IncomparableError
 from parity.recording import Recording
@@ -26,7 +28,11 @@ def float32_pair(
 
 
 def judged(pair: tuple[Recording, Recording]) -> Verdict:
-    return logic.check(*pair, noise=None, limits=Limits())
+    """By the rule that `logic` asks of scores and `stepwise` of decoding."""
+    verdict = logic.check(*pair, noise=None, limits=Limits())
+    decoding = stepwise.check(*pair, noise=None, limits=Limits())
+    assert decoding == replace(verdict, check="stepwise")
+    return verdict
 
 
 def test_another_implementation_of_the_same_function_passes() -> None:

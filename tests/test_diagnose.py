@@ -92,11 +92,11 @@ def test_what_the_candidate_says_of_itself_can_explain_it() -> None:
     ("lockstep", "decode", "logic", "cause"),
     [
         (PASS, FAIL, PASS, "the decode path"),
-        (PASS, FAIL, FAIL, "the decode path"),
         (PASS, PASS, FAIL, "a slightly other function"),
         (INCONCLUSIVE, PASS, FAIL, "a slightly other function"),
         (FAIL, FAIL, PASS, "precision"),
         (FAIL, FAIL, FAIL, "another function"),
+        (FAIL, PASS, FAIL, "another function"),
     ],
 )
 def test_patterns_of_failures_are_likely_causes(lockstep: Outcome, decode: Outcome, logic: Outcome, cause: str) -> None:
@@ -104,6 +104,11 @@ def test_patterns_of_failures_are_likely_causes(lockstep: Outcome, decode: Outco
     assert found.confidence is Confidence.LIKELY
     assert cause in found.sentence
     assert any(f"logic {logic.value}" in e for e in found.evidence)
+
+
+def test_decoding_that_fails_in_float32_alone_is_the_decode_path() -> None:
+    found = diagnosed(*numeric(lockstep=PASS, decode=PASS, logic=PASS), verdict("stepwise", FAIL))
+    assert (found.confidence, found.sentence[:15]) == (Confidence.LIKELY, "the decode path")
 
 
 def test_drift_without_a_mean_points_to_long_contexts() -> None:

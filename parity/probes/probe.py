@@ -23,7 +23,9 @@ class Cause(Enum):
     AFTER_FILTERS = "log-probabilities are taken after top_k and not before it"
     SCORES_EARLY = "scores of given tokens are off by one: each token gets the score of the one before it"
     SCORES_LATE = "scores of given tokens are off by one: each token gets the score of the one after it"
-    SCORES_DIFFER = "scoring given tokens gives other log-probabilities than decoding the same tokens"
+    SCORES_DIFFER = (
+        "the decode path: decoding gives other log-probabilities than scoring the same tokens in one prefill"
+    )
     REPETITION_APPLIED = "repetition_penalty is applied though 1.0 was asked"
     PRESENCE_APPLIED = "presence_penalty is applied though 0 was asked"
     FREQUENCY_APPLIED = "frequency_penalty is applied though 0 was asked"

@@ -30,7 +30,7 @@ from parity.prompts import Workload
 from parity.record import Observer, Places, Recorder, Sequel
 from parity.recording import Recording
 from parity.sensitivity import peers
-from parity.sensitivity.cases import Case, cases, chosen
+from parity.sensitivity.cases import Case, Kind, cases, chosen
 from parity.verdict import Outcome, Verdict, worst
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Row:
     kl_nats, kl_ratio: KL divergence a token of the reference's tokens, and in units of the measured floor; decode_ratio
         the same of the tokens that the candidate decoded. NaN where the case was not run in 16 bits.
     lockstep, decode, greedy: sets that FAIL. caught: sets that fail any of the three. passes: sets that PASS all three.
-    logic_nats2: largest half variance of a prompt in float32.
+    logic_nats2: largest half variance of a prompt in float32, scored or decoded.
     outcomes: of every check on all prompts. diagnosis, confidence: what is said to be wrong. right: whether that names
         what was planted; None where nothing was said with certainty or nothing could be asked.
     peers: sets that fail each peer's rule, at 48 prompts.
@@ -134,13 +134,13 @@ class Bench:
         found |= recorder.record(self.target.noise, {"noise": forced})
         asked = hypotheses.workloads(collect.forced(workload, reference, _HYPOTHESIS_PROMPTS))
         found |= recorder.record(self.target.reference, asked)
-        logic = sampled = None
+        logic = stepwise = sampled = None
         if short is not None:
-            sent = collect.sent_as(short, found["logic-reference"])
+            stepwise = sent = collect.sent_as(short, found["logic-reference"])
             logic = collect.forced(sent, found["logic-reference"], len(sent.requests))
         if target.sampling is not None:
             sampled = collect.sent_as(target.sampling, found["sampled-reference"])
-        return Base(found=found, workload=workload, forced=forced, logic=logic, sampled=sampled)
+        return Base(found=found, workload=workload, forced=forced, logic=logic, stepwise=stepwise, sampled=sampled)
 
     def _answers(self, case: Case, base: Base, model: Path) -> dict[str, Recording]:
         """All that one case's engine is asked; a failure leaves nothing half done, since recordings are reused."""
@@ -156,22 +156,37 @@ class Bench:
             if case.asks_requests and self.target.contract:
                 jobs |= collect.contract_jobs("candidate")
             found |= recorder.record(spec, jobs)
-        if case.in_float32 and base.logic is not None:
-            found |= recorder.record(_in_float32(spec), {"logic-candidate": base.logic})
+        if case.in_float32 and base.logic is not None and base.stepwise is not None:
+            exact: dict[str, Workload | Sequel] = {"logic-candidate": base.logic}
+            if case.kind in (Kind.HARMLESS, Kind.ENGINE):  # a changed model shows in scores already
+                exact["stepwise-candidate"] = base.stepwise
+            found |= recorder.record(_in_float32(spec), exact)
         return found
 
     def _decoded(
         self, base: Base, wanted: Sequence[Case], answered: Mapping[str, Mapping[str, Recording]]
     ) -> dict[str, dict[str, Recording]]:
         """The reference scores the tokens that each case decoded: one start for all of them."""
-        jobs: dict[str, Workload | Sequel] = {}
+        asked: dict[str, Workload | Sequel] = {}
         for case in wanted:
-            if (own := answered.get(case.name, {}).get("candidate")) is not None:
-                asked = collect.forced(base.workload, own, len(base.workload.requests))
-                if asked.requests:
-                    jobs[case.slug] = asked
-        scored = self._recorder("decoded").record(self.target.reference, jobs) if jobs else {}
-        return {case.name: {"reference-scores": scored[case.slug]} for case in wanted if case.slug in scored}
+            for role, (theirs, workload) in {
+                "reference-scores": ("candidate", base.workload),
+                "stepwise-reference": ("stepwise-candidate", base.stepwise),
+            }.items():
+                own = answered.get(case.name, {}).get(theirs)
+                if own is not None and workload is not None:
+                    scored = collect.forced(workload, own, len(workload.requests))
+                    if scored.requests:
+                        asked[_decoded_name(case, role)] = scored
+        found = self._recorder("decoded").record(self.target.reference, asked) if asked else {}
+        return {
+            case.name: {
+                role: found[name]
+                for role in ("reference-scores", "stepwise-reference")
+                if (name := _decoded_name(case, role)) in found
+            }
+            for case in wanted
+        }
 
     def _row(self, case: Case, base: Base, found: Mapping[str, Recording]) -> Row:
         evidence = self._evidence(base, found)
@@ -182,11 +197,11 @@ class Bench:
         right = None
         if said is not None and certain and case.cause is not None:
             right = re.search(case.cause, said.sentence) is not None
-        logic = by_name.get("logic")
+        exact = [v.findings[0].candidate or 0.0 for name in ("logic", "stepwise") if (v := by_name.get(name))]
         return Row(
             name=case.name,
             kind=case.kind.value,
-            logic_nats2=float("nan") if logic is None else logic.findings[0].candidate or 0.0,
+            logic_nats2=max(exact, default=float("nan")),
             outcomes={v.check: v.outcome.value for v in verdicts},
             diagnosis="" if said is None else said.sentence,
             confidence="" if said is None else said.confidence.value,
@@ -197,7 +212,11 @@ class Bench:
     def _evidence(self, base: Base, found: Mapping[str, Recording]) -> Evidence:
         recordings = {**base.found, **found}
         if "candidate" not in found:  # a case of float32 alone
-            recordings = {role: r for role, r in recordings.items() if role.startswith("logic-") or role == "reference"}
+            recordings = {
+                role: r
+                for role, r in recordings.items()
+                if role.startswith(("logic-", "stepwise-")) or role == "reference"
+            }
             recordings["candidate"] = found["logic-candidate"]
         return Evidence(recordings=recordings, policy=self.target.policy, limits=self.target.limits, directories={})
 
@@ -258,6 +277,7 @@ class Base:
     workload: Workload
     forced: Workload
     logic: Workload | None
+    stepwise: Workload | None
     sampled: Workload | None
 
     @cached_property
@@ -272,6 +292,10 @@ _NO_RATES: Mapping[str, Any] = {
     "decode_ratio": float("nan"),
     **{name: {} for name in ("lockstep", "decode", "greedy", "caught", "passes", "peers")},
 }
+
+
+def _decoded_name(case: Case, role: str) -> str:
+    return case.slug if role == "reference-scores" else f"{case.slug}-{role}"
 
 
 def _in_float32(spec: EngineSpec) -> EngineSpec:

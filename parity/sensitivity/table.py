@@ -63,7 +63,7 @@ def diagnoses(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_SHOWN = ("lockstep", "decode", "greedy", "logic")
+_SHOWN = ("lockstep", "decode", "greedy", "logic", "stepwise")
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -80,4 +80,6 @@ def _rates(rates: Mapping[str, float], sizes: Sequence[str]) -> str:
 
 def _logic(row: Mapping[str, Any]) -> str:
     value = row["logic_nats2"]
-    return "-" if math.isnan(value) else f"{row['outcomes'].get('logic', '-')} {value:.1g}"
+    said = [row["outcomes"].get(check) for check in ("logic", "stepwise")]
+    worst = "FAIL" if "FAIL" in said else "PASS" if "PASS" in said else "-"
+    return "-" if math.isnan(value) else f"{worst} {value:.1g}"
