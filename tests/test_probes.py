@@ -112,6 +112,10 @@ def stop_kept(answer: Completion) -> Completion:
     return replace(answer, text=(answer.text or "") + by) if isinstance(by, str) else answer
 
 
+def stop_token_kept(answer: Completion) -> Completion:
+    return retold(answer, f"{answer.text} end") if answer.terminator is not None else answer
+
+
 def unnamed(answer: Completion) -> Completion:
     return replace(answer, stop_reason=None) if isinstance(answer.stop_reason, str) else answer
 
@@ -238,6 +242,7 @@ FAULTS = {
         "stop string", Cause.STOP_STRING_BY_TOKENS, stops_compared_as_tokens=True
     ),
     "stop strings kept": edited("stop string", Cause.STOP_STRING_KEPT, stop_kept),
+    "stop tokens kept": edited("text", Cause.STOP_TOKEN_KEPT, stop_token_kept, "stop token"),
     "stop strings not named": edited("stop string", Cause.STOP_STRING_UNNAMED, unnamed),
     "stop tokens ignored": misread("stop token", Cause.STOP_TOKEN_IGNORED, lambda s: {"stop_token_ids": ()}),
     "the end is passed": other_rule("end of sequence", Cause.END_PASSED, end_ids=frozenset()),

@@ -63,6 +63,7 @@ class Cause(Enum):
     STOP_STRING_KEPT = "the stop string is left in the text that it ends"
     STOP_STRING_UNNAMED = "the stop string ends the answer and is not named as its reason"
     STOP_TOKEN_IGNORED = "stop_token_ids do not end the answer"  # noqa: S105  not a password
+    STOP_TOKEN_KEPT = "the stop token or stop string that ends an answer is left in its text"  # noqa: S105
     END_PASSED = "an end-of-sequence token does not end the answer"
     END_OF_TURN_PASSED = "the token that ends a message in the chat template does not end the answer"
     BOS_DOUBLED = (

@@ -27,12 +27,17 @@ def text(seen: Seen) -> Found:
     answers = [c for c in seen.answers if c.text is not None and c.id not in streamed]
     if not answers:
         return unknown("the engine returned no texts")
-    apart = []
+    apart, kept = [], []
     for c in answers:
         whole, given = c.decoded_text or c.text or "", c.text or ""
         cut = bool(seen.asked(c).stop) and whole.startswith(given)
         if not cut and not _equal(given, whole):
             apart.append((c.id, given, whole))
+            # A stop token's own text behind that of all tokens before it.
+            kept.append(bool(seen.asked(c).stop_token_ids) and c.terminator is not None and given.startswith(whole))
+    if apart and all(kept):
+        sentence = f"{many(len(apart), 'text')} of {len(answers)} hold the stop token too"
+        return otherwise(Cause.STOP_TOKEN_KEPT, sentence, len(answers), list(map(_witness, apart)))
     if apart:
         sentence = f"{len(apart)} of {many(len(answers), 'text')} are not what their tokens decode to"
         return otherwise(_cause(apart), sentence, len(answers), list(map(_witness, apart)))

@@ -137,7 +137,7 @@ _CAUSES = (
     ("rms_norm_eps", "rms_norm_eps is"),
     ("template newline", r"chat template differs|whitespace"),
     ("system prompt", "system prompt differs"),
-    ("BOS doubled by", "BOS doubled"),
+    ("BOS doubled by", "BOS doubled|beginning-of-sequence token is there twice"),
     ("tokenizer merge", "tokenizer splits"),
 )
 
@@ -172,7 +172,7 @@ _ENGINE_CAUSES = {
     "top_p ignored": "top_p",
     "top_k off by one": "top_k",
     "max_tokens one short": "max_tokens",
-    "stop string kept": "stop string",
+    "stop string kept": "stop string that ends an answer is left",
     "stop string ignored": "stop string",
     "greedy sampled at 0.7": "samples where greedy|temperature",
     "seed fixed": "seed",
