@@ -38,6 +38,7 @@ class Case:
 
     in_float32: whether it is run in float32 too; request faults have nothing to show there.
     in_16_bits: whether it is run in the candidate's own precision; a loss of precision has nothing to show there.
+    draws: whether it can be sampled from.
     cause: what the diagnosis has to name, as a regular expression; None where no certain cause can be asked for.
     """
 
@@ -46,6 +47,7 @@ class Case:
     change: Change
     in_float32: bool = True
     in_16_bits: bool = True
+    draws: bool = True
     cause: str | None = None
 
     @property
@@ -56,7 +58,7 @@ class Case:
     @property
     def asks_requests(self) -> bool:
         """Whether the engine is also probed and sampled from: weights change neither."""
-        return self.kind is not Kind.WEIGHTS
+        return self.kind is not Kind.WEIGHTS and self.draws
 
     @property
     def slug(self) -> str:
@@ -113,7 +115,8 @@ def _harmless(candidate: EngineSpec, locks: Path) -> Iterator[Case]:
         ("float32 for bfloat16", lambda spec, _: replace(spec, dtype="float32")),
     )
     for name, change in variations:
-        yield Case(name=name, kind=Kind.HARMLESS, change=change)
+        # vLLM 0.28 to 0.32 end on a CPU where the prompt of a request with a seed is cut into chunks.
+        yield Case(name=name, kind=Kind.HARMLESS, change=change, draws=not name.startswith("chunks"))
     for name in _releases(candidate, locks):
         yield Case(
             name=f"release {name}",
