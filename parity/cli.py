@@ -281,12 +281,16 @@ def _probe(options: argparse.Namespace) -> int:
 def _laws(options: argparse.Namespace) -> int:
     from parity import config, judge, properties  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
-    from parity.errors import RecordingError  # noqa: PLC0415
+    from parity.errors import ConfigError, RecordingError  # noqa: PLC0415
     from parity.prompts import Workload  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
     from parity.recording import Recording  # noqa: PLC0415
     from parity.reports import terminal  # noqa: PLC0415
 
+    if options.examples < 1 or options.seed < 0:
+        raise ConfigError(
+            f"--examples must be at least 1 and --seed at least 0, not {options.examples} and {options.seed}"
+        )
     target = config.read_target(options.suites / "targets.toml", options.target)
     try:
         noise = judge.gather(options.home / "recordings" / target.name).noise

@@ -15,6 +15,7 @@ from parity import hypotheses, judge, models, probes, properties, store, tensors
 from parity.checks import determinism
 from parity.config import Target, spread
 from parity.engines import EngineSpec
+from parity.errors import ParityError
 from parity.judge import Evidence
 from parity.prompts import Workload
 from parity.record import Recorder, Sequel
@@ -110,7 +111,7 @@ def _recorded(target: Target, recorder: Recorder) -> Evidence:
         found |= recorder.record(target.candidate, {**asked, "candidate-scores": scored})
         evidence = _sealed(target, recorder, found)
         more = min(2 * prompts, target.lockstep.most, len(workload.requests))
-        if more <= prompts or judge.judge(evidence, "lockstep").outcome is not Outcome.INCONCLUSIVE:
+        if more <= prompts or _lockstep(evidence) is not Outcome.INCONCLUSIVE:
             break
         recorder.observer.note(f"lock step is inconclusive on {prompts} prompts; scoring {more}")
         prompts = more
@@ -120,12 +121,20 @@ def _recorded(target: Target, recorder: Recorder) -> Evidence:
     if target.logic is not None:
         found |= _logic(target, target.logic, recorder, found)
     evidence = _sealed(target, recorder, found)
-    if judge.judge(evidence, "lockstep").outcome is not Outcome.FAIL:
+    if _lockstep(evidence) is not Outcome.FAIL:
         return evidence
     recorder.observer.note("lock step fails; asking the reference whether other prompts would explain it")
     scored = forced(workload, reference, _HYPOTHESIS_PROMPTS)
     found |= recorder.record(target.reference, hypotheses.workloads(scored))
     return _sealed(target, recorder, found)
+
+
+def _lockstep(evidence: Evidence) -> Outcome | None:
+    """What lock step says so far; None where it cannot judge, which must not keep the other checks from judging."""
+    try:
+        return judge.judge(evidence, "lockstep").outcome
+    except ParityError:
+        return None
 
 
 def sent_as(workload: Workload, answered: Recording) -> Workload:

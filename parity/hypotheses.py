@@ -17,6 +17,7 @@ import numpy as np
 
 from parity import lockstep
 from parity.errors import IncomparableError
+from parity.lockstep import Steps
 from parity.prompts import Workload
 from parity.recording import Recording
 
@@ -109,24 +110,29 @@ def supports(recordings: Mapping[str, Recording]) -> tuple[Support, ...]:
     reference, scores = recordings.get("reference"), recordings.get("candidate-scores")
     if reference is None or scores is None:
         return ()
+    asked = [h for h in Hypothesis if h.role in recordings]
     found = []
-    for hypothesis in Hypothesis:
-        changed = recordings.get(hypothesis.role)
-        if changed is None:
-            continue
+    try:
+        plain = lockstep.measure(reference, scores) if asked else None
+    except IncomparableError:
+        return ()
+    for hypothesis in asked:
+        assert plain is not None, "measured where anything is asked"
         try:
-            found.append(_support(hypothesis, reference, scores, changed))
+            found.append(_support(hypothesis, reference, scores, recordings[hypothesis.role], plain))
         except IncomparableError:
             continue  # recorded for other tokens
     return tuple(sorted(found, key=lambda s: s.changed_nats / max(s.plain_nats, 1e-300)))
 
 
-def _support(hypothesis: Hypothesis, reference: Recording, scores: Recording, changed: Recording) -> Support:
+def _support(
+    hypothesis: Hypothesis, reference: Recording, scores: Recording, changed: Recording, whole: Steps
+) -> Support:
     sent = {c.id: c.prompt_token_ids for c in reference.completions}
     # The comparison is of what follows the prompts, which differ on purpose.
     as_sent = replace(changed, completions=tuple(replace(c, prompt_token_ids=sent[c.id]) for c in changed.completions))
     theirs = lockstep.measure(as_sent, scores)
-    plain = lockstep.measure(reference, scores).only(theirs.prompt_ids)
+    plain = whole.only(theirs.prompt_ids)
     ours, other = (s.per_prompt(s.kl_nats) for s in (plain, theirs))
     return Support(
         hypothesis=hypothesis,

@@ -187,6 +187,8 @@ def flagged(evidence: Evidence) -> tuple[str, ...]:
 
 def diagnosis(evidence: Evidence, verdicts: Sequence[Verdict]) -> Diagnosis | None:
     """The most likely cause of what failed in these verdicts on this evidence; None where nothing did."""
+    if not any(v.outcome is Outcome.FAIL for v in verdicts):
+        return None  # without reading what only a failure needs
     return diagnose.most_likely(
         verdicts,
         reference=evidence.reference.fingerprint,

@@ -11,9 +11,10 @@ import pytest
 from drills import DRILL, Suite, bare_interpreter, counting_engine, starts
 from parity import collect, config, judge, store
 from parity.config import Target
+from parity.errors import IncomparableError
 from parity.record import Places, Recorder
 from parity.recording import Recording
-from parity.verdict import Outcome
+from parity.verdict import Outcome, Verdict
 
 FRESH = [{"id": f"fresh-{i:02}", "text": f"a fresh prompt, number {i}"} for i in range(6)]
 
@@ -138,3 +139,26 @@ def test_an_engine_that_cannot_be_asked_is_one_sentence(tmp_path: Path, verb: st
     assert ended.code == 2
     assert ended.sentence.startswith("drill float32 failed while answering")
     assert "cannot honour" in ended.sentence
+
+
+@pytest.mark.parametrize("wrong", [("--examples", "0"), ("--seed", "-1")])
+def test_no_examples_or_a_negative_seed_are_refused_in_one_sentence(tmp_path: Path, wrong: tuple[str, str]) -> None:
+    ended = Suite(tmp_path).write(prompts=4).command("laws", *wrong)
+    assert ended.code == 2
+    assert ended.sentence.startswith("--examples must be at least 1 and --seed at least 0")
+
+
+def test_a_lock_step_that_cannot_judge_does_not_keep_the_other_checks_from_judging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, target = written(tmp_path)
+    own = judge.judge
+
+    def refusing(evidence: judge.Evidence, check: str) -> Verdict:
+        if check == "lockstep":
+            raise IncomparableError("the noise engine does not run the same model")
+        return own(evidence, check)
+
+    monkeypatch.setattr(judge, "judge", refusing)
+    evidence, _ = collected(suite, target)
+    assert judge.judge(evidence, "greedy").outcome is Outcome.PASS

@@ -22,7 +22,6 @@ from parity import noise as noise_
 from parity.checks import greedy
 from parity.config import Target, limited_to
 from parity.diagnose import Confidence
-from parity.engines import EngineSpec
 from parity.errors import ConfigError, ParityError
 from parity.judge import Evidence
 from parity.noise import Noise
@@ -160,7 +159,7 @@ class Bench:
             exact: dict[str, Workload | Sequel] = {"logic-candidate": base.logic}
             if case.kind in (Kind.HARMLESS, Kind.ENGINE):  # a changed model shows in scores already
                 exact["stepwise-candidate"] = base.stepwise
-            found |= recorder.record(_in_float32(spec), exact)
+            found |= recorder.record(replace(spec, dtype="float32"), exact)
         return found
 
     def _decoded(
@@ -296,10 +295,6 @@ _NO_RATES: Mapping[str, Any] = {
 
 def _decoded_name(case: Case, role: str) -> str:
     return case.slug if role == "reference-scores" else f"{case.slug}-{role}"
-
-
-def _in_float32(spec: EngineSpec) -> EngineSpec:
-    return replace(spec, dtype="float32")
 
 
 def _verdict(evidence: Evidence, check: str) -> Verdict | None:
