@@ -52,7 +52,8 @@ def request(**given: Any) -> Request:
 
 
 def test_no_two_faults_share_a_name() -> None:
-    assert len(FAULTS) == len(vllm_faults._MODEL) + len(vllm_faults._PROMPT) + len(vllm_faults._REQUEST)
+    registries = (vllm_faults._MODEL, vllm_faults._PROMPT, vllm_faults._REQUEST, vllm_faults._BATCH)
+    assert len(FAULTS) == sum(map(len, registries))
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -63,13 +64,14 @@ def test_a_fault_is_planted_at_exactly_one_place_and_it_is_the_one_that_its_kind
         Kind.MODEL: [fault.model is not None],
         Kind.PROMPT: [fault.prompt is not vllm_faults._unchanged],
         Kind.REQUEST: [fault.sampling is not vllm_faults._unchanged, bool(fault.params), bool(fault.options)],
+        Kind.BATCH: [fault.batch is not vllm_faults._unchanged],
     }
     assert [kind for kind, planted in places.items() for p in planted if p] == [fault.kind]
     assert fault.shows
 
 
-def test_only_the_wider_lm_head_is_a_harmless_variation() -> None:
-    assert [f.name for f in FAULTS.values() if f.harmless] == ["lm_head in float32"]
+def test_only_the_wider_lm_head_and_the_order_of_a_batch_are_harmless_variations() -> None:
+    assert [f.name for f in FAULTS.values() if f.harmless] == ["lm_head in float32", "batch order reversed"]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,22 @@ def test_a_fault_of_the_request_leaves_scoring_untouched(
     assert generate("penalties ignored", request())[0].sampling.repetition_penalty == 1.0
 
 
+def test_a_batch_backwards_is_the_same_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Request] = []
+
+    def own(self: VllmEngine, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
+        received.extend(requests)
+        yield from (completion(r.id, prompt_token_ids=r.prompt_token_ids or ()) for r in requests)
+
+    monkeypatch.setattr(VllmEngine, "generate", own)
+    engine = object.__new__(FaultyVllmEngine)
+    engine._fault = FAULTS["batch order reversed"]
+    asked = [request(prompt=Prompt(id=f"p-{n}", token_ids=(1, n)), prompt_token_ids=(1, n)) for n in range(3)]
+    answers = list(engine.generate(asked))
+    assert received == asked[::-1]
+    assert {a.id for a in answers if isinstance(a, Completion)} == {"p-0", "p-1", "p-2"}
+
+
 def test_the_stop_string_is_kept_in_generation_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VllmEngine, "_sampling_params", lambda self, asked: SimpleNamespace())
     engine = object.__new__(FaultyVllmEngine)
@@ -191,7 +209,7 @@ def test_an_unknown_fault_is_refused_in_one_sentence_that_names_the_known_ones(
     started: list[object], tmp_path: Path
 ) -> None:
     for name in ("relu", None):
-        with pytest.raises(EngineError, match=rf"^there is no fault {name!r}; there are gelu for silu, .*, EOS wrong$"):
+        with pytest.raises(EngineError, match=rf"^there is no fault {name!r}; there are gelu for silu, .*, EOS wrong, .*$"):
             vllm_faults.open_engine(with_fault(SPEC, name), tmp_path)
     assert started == []
 

@@ -45,6 +45,8 @@ class Kind(Enum):
     """In the prompt, behind the place where ids are reported: all log-probabilities, scores included."""
     REQUEST = "request"
     """In the sampling parameters: which tokens and texts come back. Scores of forced tokens stay right."""
+    BATCH = "batch"
+    """In who is computed beside whom."""
 
 
 def _unchanged(value: T) -> T:
@@ -53,13 +55,14 @@ def _unchanged(value: T) -> T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmFault:
-    """One fault, and at which of the five places it is planted.
+    """One fault, and at which of the six places it is planted.
 
     shows: where it shows, for people.
     harmless: not a fault at all but a legitimate variation, which no rule may call one.
     model: changes the loaded model in place.
     prompt: changes the prompt's token ids, of generation and of scoring.
     sampling: changes what generation is asked for; scoring is untouched.
+    batch: changes the order of the requests of an offline batch, and so who is computed beside whom.
     params: set on vLLM's own sampling parameters of generation.
     options: arguments of vLLM that win over the user's.
     """
@@ -71,6 +74,7 @@ class VllmFault:
     model: Callable[[Any], None] | None = None
     prompt: Callable[[tuple[int, ...]], tuple[int, ...]] = _unchanged
     sampling: Callable[[SamplingParams], SamplingParams] = _unchanged
+    batch: Callable[[list[Request]], list[Request]] = _unchanged
     params: Mapping[str, object] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
 
@@ -291,9 +295,27 @@ _REQUEST = (
 )
 
 
+# ----------------------------------------------------------------------------------------------- in who computes when
+
+
+def _backwards(requests: list[Request]) -> list[Request]:
+    return requests[::-1]
+
+
+_BATCH = (
+    VllmFault(
+        name="batch order reversed",
+        kind=Kind.BATCH,
+        shows="rounding: each prompt is computed beside others",
+        harmless=True,
+        batch=_backwards,
+    ),
+)
+
+
 # --------------------------------------------------------------------------------------------------------- all of them
 
-FAULTS: Mapping[str, VllmFault] = {fault.name: fault for fault in (*_MODEL, *_PROMPT, *_REQUEST)}
+FAULTS: Mapping[str, VllmFault] = {fault.name: fault for fault in (*_MODEL, *_PROMPT, *_REQUEST, *_BATCH)}
 
 
 class FaultyVllmEngine(VllmEngine):
@@ -308,7 +330,7 @@ class FaultyVllmEngine(VllmEngine):
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion | Progress]:
         """One offline batch; the ids reported are those that were sent, not those that were used."""
         sent = {r.id: r.prompt_token_ids or () for r in requests}
-        for answer in super().generate([self._spoilt(r) for r in requests]):
+        for answer in super().generate(self._fault.batch([self._spoilt(r) for r in requests])):
             yield replace(answer, prompt_token_ids=sent[answer.id]) if isinstance(answer, Completion) else answer
 
     def _spoilt(self, request: Request) -> Request:
