@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from parity import detokenised
 from parity.comparable import first_difference
 from parity.divergence import Kind, Pair, Scale, compare, in_asked_order
 from parity.prompts import SamplingParams
@@ -191,14 +192,14 @@ def _texts(case: Case, _: Rules) -> Seen:
     """A text is what its tokens decode to, or under a stop string the beginning of that; no token has no text."""
     found = []
     for role, answer in case.answers.items():
-        text, whole = (answer.text or "").rstrip(_CUT), answer.decoded_text
+        text, whole = answer.text or "", answer.decoded_text
         if not answer.token_ids and text:
             found.append(f"{_WORDS[role]} has no token and the text {_shown(text)}")
         elif whole is not None:
             cut = isinstance(answer.stop_reason, str)
             # Some tokenizers drop the space at the very beginning when they decode an answer by itself.
             ours = [text, text.removeprefix(" ")]
-            if not any(whole.startswith(t) if cut else whole.rstrip(_CUT) == t for t in ours):
+            if not any(detokenised.begins(whole, t) if cut else detokenised.alike(whole, t) for t in ours):
                 at = first_difference(text, whole)
                 found.append(
                     f"{_WORDS[role]} has the text {_shown(text, at)} where its tokens decode to {_shown(whole, at)}"
@@ -248,7 +249,7 @@ def _stop_strings(case: Case, rules: Rules) -> Seen:
     upto = len(ended.token_ids) if by_string else case.asked[Role.STOP].max_tokens
     pair, seen = _agree(case, Role.STOP, upto, rules)
     whole, text = plain.text or "", f"{ended.text or ''}{ended.stop_reason if by_string else ''}"
-    same = whole.startswith(text) if by_string else whole.rstrip(_CUT) == text.rstrip(_CUT)
+    same = whole.startswith(text) if by_string else detokenised.alike(whole, text)
     if pair.kind is Kind.IDENTICAL and not same and not found:
         at = first_difference(whole, text)
         found.append(
@@ -263,8 +264,8 @@ def _stream(case: Case, rules: Rules) -> Seen:
     ours, theirs = case.answers[Role.STOP], case.answers[Role.STREAM]
     pair = compare(ours, theirs, rules.scale)
     seen = _up_to_noise(pair, Role.STOP, Role.STREAM, rules)
-    whole, pieces = (ours.text or "").rstrip(_CUT), (theirs.text or "").rstrip(_CUT)
-    if pair.kind is Kind.IDENTICAL and whole != pieces:
+    whole, pieces = ours.text or "", theirs.text or ""
+    if pair.kind is Kind.IDENTICAL and not detokenised.alike(whole, pieces):
         at = first_difference(whole, pieces)
         sentence = f"{_WORDS[Role.STREAM]} is {_shown(pieces, at)}, as a whole {_shown(whole, at)}"
         return replace(seen, breaches=_proven([sentence]).breaches)
@@ -376,7 +377,6 @@ def _policy(row: TokenLogprobs, asked: SamplingParams) -> dict[int, float]:
     return {i: weight / sum(weights.values()) for i, weight in weights.items()}
 
 
-_CUT = "\ufffd"  # of a character that an answer cuts in two: some engines hold its bytes back, others show this
 _WORDS = {
     Role.LONG: "the plain answer",
     Role.SHORT: "the answer of fewer tokens",

@@ -19,8 +19,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity import diagnose
-from parity.comparable import first_difference, require_same_inputs
+from parity import detokenised, diagnose
+from parity.comparable import MODEL, first_difference, require_same_inputs
 from parity.divergence import Pair, Scale, WrongEnd, compare_all, in_asked_order, wrong_end
 from parity.errors import IncomparableError
 from parity.noise import Noise
@@ -29,7 +29,7 @@ from parity.rows import Tolerance, examine
 from parity.stats import log_ratio, mcnemar
 from parity.verdict import Finding, Outcome, Verdict, worst
 
-REQUIRES: tuple[str, ...] = ()
+REQUIRES = MODEL
 _WITNESSES = 3
 _EXCERPT = 40
 _ROUNDING = Tolerance()
@@ -311,12 +311,12 @@ def _texts(own: Recording, other: Recording, limits: Limits) -> _Seen:  # noqa: 
         n += answer.token_ids in first or not answer.token_ids
         if twin.text is None or twin.token_ids != answer.token_ids:
             twin = first.setdefault(answer.token_ids, answer)
-        ours, theirs = (twin.text or "").rstrip("\ufffd"), answer.text.rstrip("\ufffd")
+        ours, theirs = twin.text or "", answer.text
         if not answer.token_ids and theirs:
             witness = f"{answer.id}: no token, and the text {theirs[:_EXCERPT]!r}"
             faults.append(_Fault(id=answer.id, rule="with a text and without a token", witness=witness))
             causes.append("the candidate's text holds more than its tokens")
-        elif ours != theirs:
+        elif not detokenised.alike(ours, theirs):
             at = first_difference(ours, theirs)
             start = max(0, at - _EXCERPT // 2)
             shown = f"{ours[start : at + _EXCERPT]!r} in {twin.id}, {theirs[start : at + _EXCERPT]!r} in the candidate"

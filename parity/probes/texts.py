@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from parity import detokenised
 from parity.comparable import first_difference
 from parity.divergence import Kind, Scale, compare
 from parity.probes.probe import Cause, Found, as_asked, many, otherwise, unknown
@@ -31,7 +32,7 @@ def text(seen: Seen) -> Found:
     for c in answers:
         whole, given = c.decoded_text or c.text or "", c.text or ""
         cut = bool(seen.asked(c).stop) and whole.startswith(given)
-        if not cut and not _equal(given, whole):
+        if not cut and not detokenised.alike(given, whole):
             apart.append((c.id, given, whole))
             # A stop token's own text behind that of all tokens before it.
             kept.append(bool(seen.asked(c).stop_token_ids) and c.terminator is not None and given.startswith(whole))
@@ -72,7 +73,7 @@ def stream(seen: Seen) -> Found:
     for p in compared:
         given, own = p.candidate.text or "", p.candidate.decoded_text
         whole = p.reference.text if p.kind is Kind.IDENTICAL else own
-        if whole is not None and not _equal(given, whole):
+        if whole is not None and not detokenised.alike(given, whole):
             apart.append((p.candidate.id, given, whole))
     if apart:
         sentence = f"{len(apart)} of {many(len(pairs), 'streamed text')} are not those of the whole answers"
@@ -85,10 +86,6 @@ def stream(seen: Seen) -> Found:
     equal = sum(p.kind is Kind.IDENTICAL for p in compared)
     sentence = f"{equal} of {many(len(pairs), 'streamed answer')} equal the whole ones"
     return as_asked(sentence + ", the others part as rounding makes them" * (equal < len(pairs)), len(pairs))
-
-
-def _equal(given: str, whole: str) -> bool:
-    return given.rstrip("\ufffd") == whole.rstrip("\ufffd")
 
 
 def _cause(apart: Sequence[_Texts]) -> Cause:
