@@ -49,16 +49,20 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where things are: locked environments' files, and the caches for environments and models."""
+    """Where things are: lock files, and the caches for environments and models.
 
-    locks: Path
+    locks: folders with lock files; the first that has one of a name wins, and new ones are made in the last.
+    """
+
+    locks: tuple[Path, ...]
     environments: Path
     models: Path
 
     @classmethod
     def of(cls, suites: Path, home: Path) -> Places:
         """The usual places: `suites/environments/*.txt`, and caches under `home` (normally `.parity`)."""
-        return cls(locks=suites / "environments", environments=home / "environments", models=home / "models")
+        locks = (suites / "environments", home / "locks")
+        return cls(locks=locks, environments=home / "environments", models=home / "models")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

