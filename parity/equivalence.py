@@ -143,6 +143,7 @@ def _divergence(pair: Pair) -> Finding:
         unit="nats a token",
         candidate=mean,
         limit=f"{against}; FAIL at one-sided {limits.alpha_fail:g}, PASS at {limits.alpha_pass:g}, by prompt",
+        margin=margin,
         n=len(ids),
         evidence=_kl_witnesses(pair, kl),
     )
@@ -250,6 +251,7 @@ def _per_context(pair: Pair) -> list[Finding]:
             unit="times the floor",
             candidate=worst.value,
             limit=f"{margin:g} in every range of context, at one-sided {limits.alpha_fail:g} over all {len(bins)}",
+            margin=margin,
             n=sum(r.prompts for _, _, r in bins),
         )
     ]
@@ -282,6 +284,7 @@ def _far_flips(pair: Pair) -> Finding:
         unit="tokens",
         candidate=float(count),
         limit=f"at most {allowed}: correct pairs show more with probability <= {limits.alpha_fail:g}",
+        margin=float(allowed),
         n=len(steps),
         evidence=tuple(_where(pair, int(t)) for t in order if steps.flipped[t]),
     )
@@ -315,6 +318,8 @@ def _excess_flips(pair: Pair) -> list[Finding]:
             unit="tokens",
             candidate=float(observed),
             limit=f"z = (observed - 1.1 expected) / its standard error at most {limits.excess_flips_z:.3g}",
+            delta=z,
+            margin=limits.excess_flips_z,
             n=len(steps),
         )
     ]
@@ -360,6 +365,9 @@ def _same_build(pair: Pair) -> list[Finding]:
             unit="times the reference's",
             candidate=ratio.value,
             limit=f"{margin:g}, FAIL at one-sided {limits.alpha_fail:g}, PASS at {limits.alpha_pass:g}, by prompt",
+            interval=(ratio.lower(limits.alpha_fail), ratio.upper(limits.alpha_pass)),
+            delta=ratio.value,
+            margin=margin,
             n=ratio.prompts,
         )
     ]

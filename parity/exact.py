@@ -74,6 +74,7 @@ def verdict(check: str, reference: Recording, candidate: Recording, limits: Limi
         delta=None,
         interval=None,
         limit=f"{limits.half_variance_nats2:g} on every prompt; correct implementations stay 25 times below it",
+        margin=limits.half_variance_nats2,
         n=len(values),
         evidence=tuple(_witness(steps, values, int(n)) for n in order),
     )

@@ -41,6 +41,8 @@ class Finding:
     limit: the rule it was held against, and where that rule comes from.
     n: how many independent units (prompts, unless the unit says otherwise) it rests on.
     evidence: witnesses a person can look at, most telling first.
+    margin: the number in `limit`, in the unit of `delta` or, where there is none, of `candidate`; None where the rule
+        is not one number.
     """
 
     metric: str
@@ -54,6 +56,7 @@ class Finding:
     limit: str
     n: int
     evidence: tuple[str, ...]
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
