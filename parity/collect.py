@@ -11,24 +11,32 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from parity import hypotheses, judge, models, probes, properties, store, tensors
+from parity import hypotheses, judge, known, models, probes, properties, store, tensors
 from parity.checks import determinism
 from parity.config import Target, spread
 from parity.engines import EngineSpec
-from parity.errors import ParityError
+from parity.errors import IncomparableError, ParityError
+from parity.golden import Golden, Shelf
 from parity.judge import Evidence
+from parity.known import Known
 from parity.prompts import Workload
 from parity.record import Recorder, Sequel
 from parity.recording import Recording
-from parity.verdict import Outcome
+from parity.verdict import Outcome, Policy
 
 _CONFIRM = "confirm"
+_GOLDEN = "golden"
+_GOLDEN_SCORES = "golden-scores"
+_HARDWARE = ("host.cpu", "gpu.0.name")
 _FRESH_SEEDS = 100_000
 _HYPOTHESIS_PROMPTS = 24
 
 
-def collect(target: Target, recorder: Recorder) -> Evidence:
+def collect(target: Target, recorder: Recorder, shelf: Shelf | None = None) -> Evidence:
     """Record a target's engines, one after the other, and once more on fresh prompts what chance may have flagged.
+
+    shelf: where the golden is that the candidate is also held against, where the target asks for that. A golden that
+        is missing or damaged keeps nothing from being recorded; whoever asks for its verdict is told.
 
     Raises:
         ConfigError: If a limit of the target is wrong; before anything is recorded.
@@ -37,13 +45,116 @@ def collect(target: Target, recorder: Recorder) -> Evidence:
     # A wrong limit must not wait until hours of recording are over.
     for check, table in target.limits.items():
         judge.limits_of(check, table, target.policy)
-    evidence = _recorded(target, recorder)
+    accepted, why_not = _accepted(target, shelf)
+    evidence = _recorded(target, recorder, accepted)
     flagged = judge.flagged(evidence)
-    if not flagged or target.confirm is None:
-        return evidence
-    recorder.observer.note(f"{', '.join(flagged)} flagged at the screening rate; recording fresh prompts to confirm")
-    fresh = replace(recorder, directory=recorder.directory / _CONFIRM)
-    return _sealed(target, recorder, evidence.recordings, confirmation=_recorded(_fresh(target, flagged), fresh))
+    confirmation = None
+    if flagged and target.confirm is not None:
+        recorder.observer.note(
+            f"{', '.join(flagged)} flagged at the screening rate; recording fresh prompts to confirm"
+        )
+        fresh = replace(recorder, directory=recorder.directory / _CONFIRM)
+        confirmation = _recorded(_fresh(target, flagged), fresh, None)
+    golden = None
+    if accepted is not None and shelf is not None:
+        golden = _held_against(target, recorder, accepted, shelf, evidence.recordings)
+    elif why_not:
+        recorder.observer.note(why_not)
+    return _sealed(target, recorder, evidence.recordings, confirmation=confirmation, golden=golden, no_golden=why_not)
+
+
+def against_golden(target: Target, recorder: Recorder, shelf: Shelf) -> Evidence:
+    """Record a target's candidate alone and hold it against the golden: the engine that answered is not needed.
+
+    Raises:
+        GoldenMissingError, RecordingError: If there is no such golden, or it is damaged.
+        IncomparableError: If it was accepted on another workload.
+        ParityError: If the engine cannot run.
+    """
+    accepted = shelf.read(target.name)
+    answers = accepted.recording("reference")
+    _require_same_question(target, answers)
+    workload = sent_as(target.workload, answers)
+    asked: dict[str, Workload | Sequel] = {"candidate": workload, **_of_one_engine(target, "candidate", {})}
+    found = recorder.record(target.candidate, {**asked, _GOLDEN_SCORES: _golden_tokens(target, accepted)})
+    evidence = _held_against(target, recorder, accepted, shelf, found)
+    more = {role: recording for role, recording in found.items() if role not in (*evidence.recordings, _GOLDEN_SCORES)}
+    return replace(
+        evidence,
+        recordings={**evidence.recordings, **more},
+        directories={**evidence.directories, **{role: recorder.directory / role for role in more}},
+    )
+
+
+def _accepted(target: Target, shelf: Shelf | None) -> tuple[Golden | None, str]:
+    """The golden to hold the candidate against, or why there is none."""
+    if not target.golden or shelf is None:
+        return None, ""
+    try:
+        found = shelf.read(target.name)
+        _require_same_question(target, found.recording("reference"))
+    except ParityError as error:
+        return None, str(error)
+    return found, ""
+
+
+def _require_same_question(target: Target, answers: Recording) -> None:
+    if answers.workload.digest != target.workload.digest:
+        raise IncomparableError(
+            f"the golden of {target.name!r} was accepted on other prompts or sampling (workload "
+            f"{answers.workload.name!r}, {len(answers.completions)} prompts, {answers.workload.digest[:12]}; now "
+            f"{target.workload.name!r}, {len(target.workload.requests)} prompts, {target.workload.digest[:12]}); "
+            "record the whole target and accept it anew"
+        )
+
+
+def _golden_tokens(target: Target, accepted: Golden) -> Workload:
+    """The golden's tokens, to be scored: where its arbiter has scored them, else on an even share of the prompts."""
+    answers = accepted.recording("reference")
+    workload = sent_as(target.workload, answers)
+    if "noise" not in accepted.directories:
+        return forced(workload, answers, target.lockstep.prompts)
+    scored = {c.id for c in accepted.recording("noise").completions}
+    tokens = {c.id: c.token_ids for c in answers.completions if c.id in scored}
+    return workload.forced(tokens_of=tokens, forced_from=answers.digest)
+
+
+def _held_against(
+    target: Target, recorder: Recorder, accepted: Golden, shelf: Shelf, found: Mapping[str, Recording]
+) -> Evidence:
+    """A run of its own beside the target's: the golden's recordings and copies of what is held against them."""
+    directory = recorder.directory / _GOLDEN
+    sources = {
+        **accepted.directories,
+        "candidate": recorder.directory / "candidate",
+        "candidate-scores": recorder.directory / _GOLDEN_SCORES,
+    }
+    recordings = {role: accepted.recording(role) for role in accepted.directories}
+    recordings |= {"candidate": found["candidate"], "candidate-scores": found[_GOLDEN_SCORES]}
+    lines = tuple(
+        line for line in known.read(shelf.root / known.FILE) if line.concerns(target.name, found["candidate"])
+    )
+    with store.disk_errors_named(directory):
+        for role, source in sources.items():
+            store.copy(source, directory / role)
+    return _sealed(
+        replace(target, policy=_policy_of(target, recordings["reference"], found["candidate"])),
+        replace(recorder, directory=directory),
+        recordings,
+        accepted=True,
+        known_lines=lines,
+    )
+
+
+def _policy_of(target: Target, golden: Recording, candidate: Recording) -> Policy:
+    """On the hardware it was accepted on, the candidate must also be as close to float32 as the golden is (R3g).
+
+    Elsewhere other kernels run, whose distance is their own.
+    """
+    if target.policy is Policy.QUANTIZED:
+        return target.policy
+    same = all(golden.fingerprint.context.get(name) == candidate.fingerprint.context.get(name) for name in _HARDWARE)
+    return Policy.IDENTITY if same else Policy.EQUIVALENCE
 
 
 def calibration_of(directory: Path) -> Path:
@@ -82,7 +193,7 @@ def _fresh(target: Target, flagged: tuple[str, ...]) -> Target:
     )
 
 
-def _recorded(target: Target, recorder: Recorder) -> Evidence:
+def _recorded(target: Target, recorder: Recorder, accepted: Golden | None) -> Evidence:
     """The reference's tokenizer decides the prompt token ids; everybody else is sent those.
 
     Then the noise engine and the candidate score the reference's tokens, and the reference scores the candidate's, on
@@ -100,6 +211,8 @@ def _recorded(target: Target, recorder: Recorder) -> Evidence:
     if target.sampling is not None:
         asked["sampled-candidate"] = sent_as(target.sampling, found["sampled-reference"])
     asked |= _of_one_engine(target, "candidate", found)
+    if accepted is not None:
+        asked[_GOLDEN_SCORES] = _golden_tokens(target, accepted)
     prompts = target.lockstep.prompts
     while True:
         scored = forced(workload, reference, prompts)
@@ -202,8 +315,16 @@ def _in_float32(spec: EngineSpec, target: Target, recorder: Recorder) -> EngineS
     return replace(spec, dtype="float32", model=str(tensors.first_layers(whole, target.logic_layers, cache=cache)))
 
 
-def _sealed(
-    target: Target, recorder: Recorder, found: Mapping[str, Recording], *, confirmation: Evidence | None = None
+def _sealed(  # noqa: PLR0913  what belongs to a run
+    target: Target,
+    recorder: Recorder,
+    found: Mapping[str, Recording],
+    *,
+    confirmation: Evidence | None = None,
+    golden: Evidence | None = None,
+    no_golden: str = "",
+    accepted: bool = False,
+    known_lines: tuple[Known, ...] = (),
 ) -> Evidence:
     """Write down which recordings belong together, and by what they are judged."""
     run = {
@@ -212,13 +333,22 @@ def _sealed(
         "limits": target.limits,
         "recordings": list(found),
         "confirmation": None if confirmation is None else _CONFIRM,
+        "golden": None if golden is None else _GOLDEN,
+        "no_golden": no_golden,
+        "accepted": accepted,
+        "known": known.to_json(known_lines),
     }
     with store.disk_errors_named(recorder.directory):
-        (recorder.directory / judge.RUN).write_text(json.dumps(run, indent=1, default=dict) + "\n", "utf-8")
+        recorder.directory.mkdir(parents=True, exist_ok=True)
+        store.write_whole(recorder.directory / judge.RUN, json.dumps(run, indent=1, default=dict) + "\n")
     return Evidence(
         recordings=dict(found),
         policy=target.policy,
         limits=target.limits,
         directories={role: recorder.directory / role for role in found},
         confirmation=confirmation,
+        golden=golden,
+        no_golden=no_golden,
+        accepted=accepted,
+        known=known_lines,
     )

@@ -12,7 +12,35 @@ from dataclasses import asdict
 from parity.errors import IncomparableError
 from parity.recording import Recording
 
+MODEL = ("model.weights_sha256", "tokenizer.sha256", "chat_template.sha256")
+"""Facts that a golden and whatever is held against it must share, for checks of what a model answers."""
 _IDS_SHOWN = 8
+
+
+def require_same_facts(golden: Recording, candidate: Recording, names: Sequence[str]) -> None:
+    """Refuse to hold a candidate against a golden of something else; a fact that a side does not know is no difference.
+
+    Raises:
+        IncomparableError: If the question or a named fact differs; it says both values.
+    """
+    if golden.workload.digest != candidate.workload.digest and candidate.workload.forced_from is None:
+        raise IncomparableError(
+            f"the golden was accepted on another workload, {workload_detail(golden, candidate)}; accept a new one"
+        )
+    ours = {**golden.fingerprint.identity, **golden.fingerprint.context}
+    theirs = {**candidate.fingerprint.identity, **candidate.fingerprint.context}
+    for name in names:
+        left, right = ours.get(name), theirs.get(name)
+        if left is not None and right is not None and left != right:
+            raise IncomparableError(
+                f"the golden and {candidate.label} differ in {name}: {_short(left)} and {_short(right)}; a golden of "
+                "something else judges nothing: accept a new one, or bring back what it was accepted with"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 and text.isalnum() else repr(value)
 
 
 def require_same_inputs(reference: Recording, candidate: Recording) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,12 @@ _Item = TypeVar("_Item")
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
+_FILE_KEYS = ("default", "targets", "workloads", "golden")
 _ENGINE_KEYS = ("engine", "model", "dtype", "quantization", "environment", "python", "launcher", "url", "threads",
                 "options", "env")  # fmt: skip
 _TARGET_KEYS = ("description", "policy", "model", "workload", "confirm", "lockstep_prompts", "lockstep_prompts_max",
                 "reference", "candidate", "noise", "control", "logic", "sampling", "determinism", "structured",
-                "contract", "laws", "limits")  # fmt: skip
+                "contract", "laws", "golden", "limits")  # fmt: skip
 _WORKLOAD_KEYS = ("prompts", "take", "draws", "max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p")
 _WANTED = {
     int: "a whole number of at least 1",
@@ -74,6 +76,7 @@ class Target:
     contract: whether each engine is probed for what it does with a request.
     laws: generated examples that the candidate must treat as any correct engine does; or None.
     confirm: fresh prompts on which a check that was flagged is judged once more; None where there are none.
+    golden: whether the candidate is also held against what was accepted, see `parity.golden`.
     """
 
     name: str
@@ -93,7 +96,16 @@ class Target:
     contract: bool
     laws: Laws | None
     confirm: Workload | None
+    golden: bool
     limits: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenPlaces:
+    """Where goldens are kept: a folder under version control, and a directory or URL for their bulk, or None."""
+
+    directory: Path
+    store: str | None
 
 
 def read_target(path: Path, name: str | None) -> Target:
@@ -103,7 +115,7 @@ def read_target(path: Path, name: str | None) -> Target:
         ConfigError: If the file, the target, a key or a value is wrong.
     """
     data = _read_toml(path)
-    _known(data, ("default", "targets", "workloads"), f"{path}")
+    _known(data, _FILE_KEYS, f"{path}")
     tables = _typed(data, "targets", dict, f"{path}", default={})
     if name is None and "default" not in data:
         raise ConfigError(f"{path} names no 'default' target; add one, or say which: {_listed(tables)}")
@@ -113,9 +125,36 @@ def read_target(path: Path, name: str | None) -> Target:
     return _target(chosen, tables[chosen], _typed(data, "workloads", dict, f"{path}", default={}), path)
 
 
+def read_engine(path: Path, model: str) -> EngineSpec:
+    """One engine from a TOML file of its own, with the keys of `[targets.NAME.candidate]`.
+
+    model: what it runs where the file names no model.
+
+    Raises:
+        ConfigError: If the file, a key or a value is wrong.
+    """
+    return _engine(_read_toml(path), model, str(path), path)
+
+
 def target_names(path: Path) -> tuple[str, ...]:
     """Every target of the file, in its order."""
     return tuple(_typed(_read_toml(path), "targets", dict, f"{path}", default={}))
+
+
+def golden_places(path: Path) -> GoldenPlaces:
+    """Where the goldens of this file's targets are: by default in a folder `golden` beside the one that holds the file.
+
+    Raises:
+        ConfigError: If the file, a key or a value is wrong.
+    """
+    where = f"{path} [golden]"
+    table = _typed(_read_toml(path), "golden", dict, f"{path}", default={})
+    _known(table, ("directory", "store"), where)
+    store = _typed(table, "store", str, where, default=None)
+    if store is not None and "://" not in store:
+        store = str((path.parent / store).resolve())
+    directory = path.parent / _typed(table, "directory", str, where, default="../golden")
+    return GoldenPlaces(directory=Path(os.path.normpath(directory)), store=store)
 
 
 def limited_to(target: Target, prompts: int) -> Target:
@@ -176,6 +215,7 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         contract=_typed(table, "contract", bool, where, default=False),
         laws=_laws(table, where),
         confirm=_extra(table, "confirm", where, workloads, path),
+        golden=_typed(table, "golden", bool, where, default=False),
         limits=limits,
     )
 
@@ -337,9 +377,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"the targets file {str(path)!r} cannot be read ({error.strerror})") from error
+        raise ConfigError(f"the file {str(path)!r} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the targets file {str(path)!r} is not valid TOML: {error}") from error
+        raise ConfigError(f"the file {str(path)!r} is not valid TOML: {error}") from error
 
 
 def _typed(table: Mapping[str, Any], key: str, kind: type, where: str, *, default: Any) -> Any:

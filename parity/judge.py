@@ -12,11 +12,14 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from parity import checks, diagnose, hypotheses, stages, store
+from parity import checks, comparable, diagnose, hypotheses, known, stages, store
 from parity import noise as noise_
+from parity.decision import Decision, decide
 from parity.diagnose import Diagnosis
-from parity.errors import ConfigError, IncomparableError, ParityError, RecordingError
+from parity.errors import ConfigError, GoldenMissingError, IncomparableError, ParityError, RecordingError
+from parity.known import Known
 from parity.noise import Noise
 from parity.recording import Recording
 from parity.verdict import Outcome, Policy, Verdict
@@ -36,7 +39,7 @@ CHECKS = (
     "laws",
 )
 RUN = "run.json"
-_HELD_BYTES = 1 << 30
+_HELD_BYTES = 1 << 29  # beside the recording that is asked for
 _BY_NOISE = ("greedy", "lockstep", "decode", "determinism", "laws", "contract")
 _EXACT = ("greedy", "logic", "stepwise")
 """Checks for engines that compute the same function."""
@@ -55,6 +58,8 @@ class Evidence:
     `hypothesis-` are the reference's scores behind changed prompts.
     directories: where each recording lies, by role, for the commands that reproduce a verdict.
     confirmation: the same on fresh prompts, where a check was flagged.
+    golden: the candidate held against what was accepted, where the target asks for it; `no_golden` says why not.
+    accepted: the reference is a golden's: its facts must match, and prompts of `known` divergences are left out.
     """
 
     recordings: Mapping[str, Recording]
@@ -62,6 +67,10 @@ class Evidence:
     limits: Mapping[str, Mapping[str, Any]]
     directories: Mapping[str, Path]
     confirmation: Evidence | None = None
+    golden: Evidence | None = None
+    no_golden: str = ""
+    accepted: bool = False
+    known: tuple[Known, ...] = ()
 
     @property
     def reference(self) -> Recording:
@@ -129,10 +138,24 @@ def gather(directory: Path) -> Evidence:
     return _read({role: directory / role for role in run.roles}, run)
 
 
+def target_of(directory: Path) -> str:
+    """The name of the target that a run was recorded for.
+
+    Raises:
+        RecordingError: If the directory is not a run.
+    """
+    try:
+        return str(json.loads((directory / RUN).read_text("utf-8"))["target"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordingError(
+            f"{str(directory)!r} holds no finished run ({RUN} is missing or damaged); `parity record` makes one"
+        ) from error
+
+
 def pair(reference: Path, candidate: Path, *, noise: Path | None) -> Evidence:
     """Read two recordings; scores and limits of their run are used where both lie in one run's directory."""
     directories = {"reference": reference, "candidate": candidate}
-    run = _Run(roles=(), policy=Policy.EQUIVALENCE, limits={}, confirmation=None)
+    run = _Run(roles=(), policy=Policy.EQUIVALENCE, limits={})
     beside = reference.resolve().parent
     if (beside / RUN).is_file():
         run = _run(beside / RUN)
@@ -149,6 +172,17 @@ def pair(reference: Path, candidate: Path, *, noise: Path | None) -> Evidence:
     return _read(directories, run)
 
 
+def against_golden(evidence: Evidence) -> Evidence:
+    """The candidate held against what was accepted.
+
+    Raises:
+        GoldenMissingError: If there is no such golden, or it cannot be used; says what to do.
+    """
+    if evidence.golden is None:
+        raise GoldenMissingError(evidence.no_golden or "this run was not held against a golden; add 'golden = true'")
+    return evidence.golden
+
+
 def judge(evidence: Evidence, check: str) -> Verdict:
     """One check's verdict, in two stages where it rests on chance; see `parity.stages`.
 
@@ -158,6 +192,8 @@ def judge(evidence: Evidence, check: str) -> Verdict:
     """
     if not _staged(evidence, check):
         return _ask(evidence, check, None)
+    if evidence.accepted:
+        return stages.against_golden(_ask(evidence, check, stages.GOLDEN))
     screened = _ask(evidence, check, stages.SCREEN)
     if screened.outcome is not Outcome.FAIL:
         return stages.settled(screened)
@@ -167,6 +203,42 @@ def judge(evidence: Evidence, check: str) -> Verdict:
     if evidence.confirmation is None or why_not(evidence.confirmation, check) is not None:
         return stages.unconfirmed(_ask(evidence, check, stages.ONE_STAGE))
     return stages.combined(screened, _ask(evidence.confirmation, check, stages.CONFIRM))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """Everything that is to be said of one comparison.
+
+    could_not: checks that could not judge, with the reason.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    could_not: Mapping[str, str]
+    diagnosis: Diagnosis | None
+    decision: Decision
+
+
+def conclude(evidence: Evidence) -> Conclusion:
+    """Every verdict that the evidence suffices for, the cause of what failed, and the decision."""
+    verdicts: list[Verdict] = []
+    could_not: dict[str, str] = {}
+    for check in evidence.checks:
+        try:
+            verdicts.append(judge(evidence, check))
+        except ParityError as error:  # noqa: PERF203  one that cannot judge must not keep the others from judging
+            could_not[check] = str(error)
+    return concluded(evidence, verdicts, could_not)
+
+
+def concluded(evidence: Evidence, verdicts: Sequence[Verdict], could_not: Mapping[str, str]) -> Conclusion:
+    """The cause and the decision, from verdicts that were given already."""
+    found = diagnosis(evidence, verdicts)
+    return Conclusion(
+        verdicts=tuple(verdicts),
+        could_not=could_not,
+        diagnosis=found,
+        decision=decide(verdicts, could_not=could_not, diagnosis=found),
+    )
 
 
 def flagged(evidence: Evidence) -> tuple[str, ...]:
@@ -210,10 +282,35 @@ def _ask(evidence: Evidence, check: str, alpha: float | None) -> Verdict:
         raise IncomparableError(reason)
     limits = limits_of(check, evidence.limits.get(check, {}), evidence.policy)
     ours, theirs = (evidence.recordings.get(role) for role in roles_of(check))
+    if evidence.accepted and ours is not None and theirs is not None:
+        required = getattr(module, "REQUIRES", ())
+        if evidence.policy is Policy.QUANTIZED:  # another quantization is other weights
+            required = tuple(name for name in required if name != "model.weights_sha256")
+        comparable.require_same_facts(ours, theirs, required)
+        ours, theirs = (_without(recording, evidence.known) for recording in (ours, theirs))
     verdict: Verdict = module.check(
         ours, theirs, noise=evidence.noise, limits=limits if alpha is None else limits.at(alpha)
     )
-    return replace(verdict, basis=(_measured_by(evidence.noise),)) if check in _BY_NOISE else verdict
+    if check in _BY_NOISE:
+        verdict = replace(verdict, basis=(_measured_by(evidence.noise),))
+    return _of_golden(evidence, verdict) if evidence.accepted and ours is not None else verdict
+
+
+def _without(recording: Recording, known: Sequence[Known]) -> Recording:
+    """The recording without the prompts whose divergence is known and accepted."""
+    ids = {line.id for line in known}
+    if not ids & set(recording.by_id):
+        return recording
+    kept = tuple(c for c in recording.completions if c.id not in ids)
+    workload = replace(recording.workload, request_ids=tuple(i for i in recording.workload.request_ids if i not in ids))
+    return replace(recording, completions=kept, workload=workload)
+
+
+def _of_golden(evidence: Evidence, verdict: Verdict) -> Verdict:
+    """The verdict with its reference named as what it is, and what is known of it."""
+    remarks = known.remarks(evidence.known, evidence.reference, evidence.candidate)
+    name = f"the golden of {evidence.reference.created_at[:10]} ({verdict.reference})"
+    return replace(verdict, reference=name, warnings=(*verdict.warnings, *remarks))
 
 
 def _measured_by(noise: Noise | None) -> str:
@@ -230,21 +327,26 @@ def _measured_by(noise: Noise | None) -> str:
 
 
 class _Stored(Mapping[str, Recording]):
-    """Recordings by role, read when they are asked for; of large ones only the latest stay in memory."""
+    """Recordings by role, read when they are asked for; of large ones only the latest stay in memory.
+
+    What somebody still holds is not read a second time.
+    """
 
     def __init__(self, directories: Mapping[str, Path]) -> None:
         for path in directories.values():
             store.read_header(path)  # what is missing or newer is told at once
         self._directories = dict(directories)
         self._held: dict[str, Recording] = {}
+        self._alive: WeakValueDictionary[str, Recording] = WeakValueDictionary()
 
     def __getitem__(self, role: str) -> Recording:
-        found = self._held.pop(role, None)
+        found = self._held.pop(role, None) or self._alive.get(role)
+        # Before reading: afterwards one more than is needed would have been in memory.
+        while sum(map(_bytes_of, self._held.values())) > _HELD_BYTES:
+            self._held.pop(next(iter(self._held)))
         if found is None:
             found = store.read(self._directories[role])
-        self._held[role] = found  # the latest last
-        while len(self._held) > 1 and sum(map(_bytes_of, self._held.values())) > _HELD_BYTES:
-            self._held.pop(next(iter(self._held)))
+        self._held[role] = self._alive[role] = found  # the latest last
         return found
 
     def __contains__(self, role: object) -> bool:
@@ -269,6 +371,10 @@ def _read(directories: Mapping[str, Path], run: _Run) -> Evidence:
         limits=run.limits,
         directories=directories,
         confirmation=None if run.confirmation is None else gather(run.confirmation),
+        golden=None if run.golden is None else gather(run.golden),
+        no_golden=run.no_golden,
+        accepted=run.accepted,
+        known=run.known,
     )
 
 
@@ -279,19 +385,29 @@ class _Run:
     roles: tuple[str, ...]
     policy: Policy
     limits: Mapping[str, Mapping[str, Any]]
-    confirmation: Path | None
+    confirmation: Path | None = None
+    golden: Path | None = None
+    no_golden: str = ""
+    accepted: bool = False
+    known: tuple[Known, ...] = ()
 
 
 def _run(path: Path) -> _Run:
     try:
         run = json.loads(path.read_text("utf-8"))
         roles = tuple(run["recordings"])
-        beside = run.get("confirmation")  # runs before there were two stages have none
+        confirmation, golden = (  # older runs have neither
+            None if run.get(key) is None else path.parent / str(run[key]) for key in ("confirmation", "golden")
+        )
         return _Run(
             roles=roles,
             policy=Policy(run["policy"]),
             limits=dict(run["limits"]),
-            confirmation=None if beside is None else path.parent / str(beside),
+            confirmation=confirmation,
+            golden=golden,
+            no_golden=str(run.get("no_golden", "")),
+            accepted=bool(run.get("accepted", False)),
+            known=known.from_json(run.get("known", [])),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"{str(path)!r}, which holds the limits to judge by, is damaged; record again") from error

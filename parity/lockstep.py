@@ -88,6 +88,8 @@ class Steps:
 
     def only(self, prompt_ids: Sequence[str]) -> Steps:
         """The same, for some of the prompts, in the given order."""
+        if tuple(prompt_ids) == self.prompt_ids:
+            return self
         index = {id_: number for number, id_ in enumerate(self.prompt_ids)}
         spans = [(int(self.starts[index[i]]), int(self.starts[index[i] + 1])) for i in prompt_ids]
         rows = np.concatenate([np.arange(a, b) for a, b in spans]) if spans else np.empty(0, np.int64)
@@ -216,39 +218,43 @@ _TopK: TypeAlias = "tuple[NDArray[np.int32], NDArray[np.float32]]"
 
 def _compare(reference: _TopK, candidate: _TopK, into: _Columns) -> None:
     """Fill the columns for one chunk of n positions; ids and log-probabilities are [n, K] each."""
-    (ids, top), (other_ids, other_top) = reference, candidate
-    equal = ids[:, :, None] == other_ids[:, None, :]
-    found = equal.any(axis=2) & (ids != NO_TOKEN)
-    where = equal.argmax(axis=2)
-    p_log = top.astype(np.float64)
-    q_log = np.take_along_axis(other_top, where, axis=1).astype(np.float64)
+    # Rank by rank: numpy is fast along n positions and slow along K ranks.
+    (ids, top), (other_ids, other_top) = ((i.T.copy(), t.T.astype(np.float64)) for i, t in (reference, candidate))
+    p_log, q_log = top, _scores_of(ids, other_ids, other_top)
     with np.errstate(invalid="ignore", over="ignore"):  # a masked token is -inf on both sides
-        finite = found & np.isfinite(p_log) & np.isfinite(q_log)
+        finite = np.isfinite(p_log) & np.isfinite(q_log)
         p = np.where(finite, np.exp(p_log), 0.0)
         q = np.where(finite, np.exp(q_log), 0.0)
         ratio = np.where(finite, p_log - q_log, 0.0)
-    covered = p.sum(axis=1)
+    covered = p.sum(axis=0)
     p_tail = np.maximum(1.0 - covered, _SMALLEST_TAIL)
-    q_tail = np.maximum(1.0 - q.sum(axis=1), _SMALLEST_TAIL)
+    q_tail = np.maximum(1.0 - q.sum(axis=0), _SMALLEST_TAIL)
+    weighted = (p * ratio).sum(axis=0)
     # Rounding of float32 sums can leave -1e-8 where the true value is 0.
-    into.kl[:] = np.maximum((p * ratio).sum(axis=1) + p_tail * np.log(p_tail / q_tail), 0.0)
+    into.kl[:] = np.maximum(weighted + p_tail * np.log(p_tail / q_tail), 0.0)
     into.covered[:] = covered
-    mean = (p * ratio).sum(axis=1) / np.maximum(covered, 1e-300)
-    into.half_variance[:] = 0.5 * (p * (ratio - mean[:, None]) ** 2).sum(axis=1)
-    both = finite[:, 0] & finite[:, 1]
-    into.shift[:] = np.where(both, ratio[:, 1] - ratio[:, 0], np.nan)
+    mean = weighted / np.maximum(covered, 1e-300)
+    into.half_variance[:] = 0.5 * (p * (ratio - mean) ** 2).sum(axis=0)
+    into.shift[:] = np.where(finite[0] & finite[1], ratio[1] - ratio[0], np.nan)
     with np.errstate(invalid="ignore"):
-        gap = p_log[:, 0] - p_log[:, 1]
+        gap = top[0] - top[1]
     into.gap[:] = np.where(np.isfinite(gap), gap, np.inf)
     # S needs each side's margin between the two preferred tokens; one outside the top k counts as the k-th.
-    flipped = ids[:, 0] != other_ids[:, 0]
+    flipped = ids[0] != other_ids[0]
     into.flipped[:] = flipped
-    theirs_here = equal[:, :, 0]
-    hit_here, hit_there = theirs_here.any(axis=1), found[:, 0]
-    rows = np.arange(len(ids))
+    hit_here = (ids == other_ids[0]).any(axis=0)
+    hit_there = (other_ids == ids[0]).any(axis=0) & (ids[0] != NO_TOKEN)
     with np.errstate(invalid="ignore"):
-        ours_half = p_log[:, 0] - np.where(hit_here, p_log[rows, theirs_here.argmax(axis=1)], p_log[:, -1])
-        theirs_half = other_top[:, 0].astype(np.float64) - np.where(hit_there, q_log[:, 0], other_top[:, -1])
+        ours_half = top[0] - np.where(hit_here, _scores_of(other_ids[0], ids, top), top[-1])
+        theirs_half = other_top[0] - np.where(hit_there, q_log[0], other_top[-1])
         slack = np.nan_to_num(ours_half + theirs_half, nan=np.inf)
     into.slack[:] = np.where(flipped, slack, 0.0)
     into.outside[:] = flipped & ~(hit_here & hit_there)
+
+
+def _scores_of(token_ids: NDArray[np.int32], ids: NDArray[np.int32], top: Floats) -> Floats:
+    """The log-probabilities that top-k rows [K, n] hold of tokens [..., n]; NaN where they hold none."""
+    found = np.full(token_ids.shape, np.nan)
+    for rank in reversed(range(len(ids))):  # of a token that is there twice the more probable one
+        np.copyto(found, top[rank], where=token_ids == ids[rank])
+    return found

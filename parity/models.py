@@ -24,7 +24,7 @@ from typing import Literal
 from parity.errors import ConfigError, ProvisionError
 from parity.gguf_model import CONVERTER_VERSION, convert, import_extra, write_json
 
-__all__ = ["ModelRef", "provide"]
+__all__ = ["ModelRef", "cached", "provide"]
 
 _MARKER = "parity_model.json"
 _FORMS = "a directory, hub:ORG/NAME@REVISION or package:DIST==VERSION"
@@ -97,6 +97,16 @@ def provide(text: str, *, cache: Path, report: Callable[[str], None] = lambda _:
     except OSError as error:
         raise ProvisionError(f"model {str(ref)!r} could not be stored in {str(cache)!r}: {error}") from error
     return final
+
+
+def cached(text: str, *, cache: Path) -> Path | None:
+    """The model's directory if it is there already; nothing is fetched or built.
+
+    Raises: ConfigError if the reference is malformed.
+    """
+    ref = ModelRef.parse(text)
+    path = Path(ref.name) if ref.kind == "directory" else cache / _slug(ref)
+    return path if (path / "config.json").is_file() else None
 
 
 def _existing_directory(ref: ModelRef) -> Path:

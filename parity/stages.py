@@ -29,6 +29,9 @@ CONFIRM = 0.014
 DECISIVE = 5e-6
 ONE_STAGE = 0.002
 """Where there are no fresh prompts (two stored recordings), a rule is judged once, at this rate."""
+GOLDEN = 0.0005
+"""A golden has no fresh prompts. Its ten rules (lock step 6, shape 3, greedy 1) are judged once, at this rate: any
+false alarm of theirs in a run at most 0.5 %, beside the 1 % of the comparison with the reference."""
 
 
 def settled(verdict: Verdict) -> Verdict:
@@ -45,6 +48,11 @@ def unconfirmed(strict: Verdict) -> Verdict:
         f"stage at {ONE_STAGE:g} a rule; a target with 'confirm' records them"
     )
     return _rated(replace(strict, warnings=(*strict.warnings, note)), f"one stage at {ONE_STAGE:g} a rule")
+
+
+def against_golden(verdict: Verdict) -> Verdict:
+    """A comparison with a golden: one stage."""
+    return _rated(verdict, f"one stage at {GOLDEN:g} a rule; any false alarm against the golden at most 0.5 %")
 
 
 def combined(screened: Verdict, confirmed: Verdict) -> Verdict:

@@ -191,9 +191,9 @@ def test_without_a_default_the_targets_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, r"the targets file '.*targets\.toml' cannot be read \(No such file or directory\)"),
-        (b"= 3", r"the targets file '.*targets\.toml' is not valid TOML: .*line 1"),
-        (b"a = '\xff'", r"the targets file '.*targets\.toml' is not valid TOML: .*utf-8"),
+        (None, r"the file '.*targets\.toml' cannot be read \(No such file or directory\)"),
+        (b"= 3", r"the file '.*targets\.toml' is not valid TOML: .*line 1"),
+        (b"a = '\xff'", r"the file '.*targets\.toml' is not valid TOML: .*utf-8"),
     ],
 )
 def test_a_targets_file_that_cannot_be_read_is_named(content: bytes | None, sentence: str, tmp_path: Path) -> None:

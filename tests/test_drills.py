@@ -553,11 +553,11 @@ def test_another_models_content_starts_a_recording_of_its_own(bench: Bench) -> N
 def locked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench with an environment "here" that is built and leads to this interpreter."""
 
-    def find(name: str, *, locks: Path, root: Path) -> Environment:
+    def find(name: str, *, locks: Sequence[Path], root: Path) -> Environment:
         assert name == "here"
         return Environment(
             name=name,
-            lock=locks / "here.txt",
+            lock=locks[0] / "here.txt",
             digest="0123456789abcdef",
             directory=root / "here",
             python=Path(bare_interpreter()),

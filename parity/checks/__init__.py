@@ -3,7 +3,8 @@
 A check is one file in this folder that defines
 
     ROLES: tuple[str, str]         the two recordings it looks at (default: reference, candidate), see `judge.Evidence`
-    REQUIRES: tuple[str, ...]      the fingerprint identity facts that must match before it may be asked
+    REQUIRES: tuple[str, ...]      the fingerprint's facts that a golden must share with the candidate (default: none);
+                                   between two live engines a difference is evidence, and no reason not to judge
     Limits                         a frozen dataclass of its thresholds, each with its source
     check(reference, candidate, *, noise, limits) -> Verdict
 

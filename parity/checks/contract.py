@@ -21,7 +21,6 @@ from parity.verdict import Finding, Outcome, Verdict, worst
 ROLES = ("contract-reference", "contract-candidate")
 ALONE = True
 """The candidate's recording suffices."""
-REQUIRES: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,6 @@ from parity.stats import critical_count, exact_interval, mcnemar
 from parity.verdict import Finding, Outcome, Policy, Verdict, worst
 
 ROLES = ("determinism-reference", "determinism-candidate")
-REQUIRES: tuple[str, ...] = ()
 ALONE = True
 """A candidate can be judged without a reference."""
 _MARK = "#"

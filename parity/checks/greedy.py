@@ -29,7 +29,7 @@ from typing import ClassVar
 import numpy as np
 
 from parity import diagnose
-from parity.comparable import first_difference, require_same_inputs
+from parity.comparable import MODEL, first_difference, require_same_inputs
 from parity.divergence import Kind, OffArgmax, Pair, Scale, WrongEnd, compare_all, in_asked_order, off_argmax, wrong_end
 from parity.errors import IncomparableError
 from parity.noise import Noise
@@ -38,7 +38,7 @@ from parity.recording import FinishReason, Recording
 from parity.stats import critical_count, detectable_share
 from parity.verdict import Finding, Outcome, Verdict, worst
 
-REQUIRES: tuple[str, ...] = ()
+REQUIRES = MODEL
 _WITNESSES = 3
 _EXCERPT = 24
 _MOVES_CHOICE = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos")
@@ -182,6 +182,7 @@ def _divergences(pairs: Sequence[Pair], sigma: float, limits: Limits) -> Finding
         sentence=sentence,
         candidate=float(len(suspicious)),
         limit=f"at most {allowed} of {len(pairs)}: correct pairs show more with probability <= {limits.alpha:g}",
+        margin=float(allowed),
         n=len(pairs),
         evidence=_witnesses(suspicious or [p for p in pairs if p.kind is not Kind.MISMATCH], sigma),
     )

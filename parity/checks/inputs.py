@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from parity.comparable import first_difference, in_order, token_detail, workload_detail
+from parity.comparable import MODEL, first_difference, in_order, token_detail, workload_detail
 from parity.fingerprint import Difference, Scalar, differences
 from parity.noise import Noise
 from parity.recording import Completion, Recording
 from parity.verdict import Finding, Outcome, Verdict, worst
 
-REQUIRES: tuple[str, ...] = ()
+REQUIRES = MODEL
 """Nothing: naming the difference is what this check is for."""
 
 _WITNESSES = 5

@@ -24,7 +24,6 @@ from parity.verdict import Finding, Outcome, Verdict, worst
 ROLES = ("laws-reference", "laws-candidate")
 ALONE = True
 """The candidate's recording suffices."""
-REQUIRES: tuple[str, ...] = ()
 _WITNESSES = 3
 _PROMPT = 160  # characters of a prompt in a witness
 

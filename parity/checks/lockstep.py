@@ -10,6 +10,7 @@ Rules in `parity.equivalence`; source, constants and measured error rates: docs/
 from __future__ import annotations
 
 from parity import equivalence, lockstep
+from parity.comparable import MODEL
 from parity.equivalence import Limits
 from parity.noise import Noise, sixteen_bit_sides
 from parity.recording import Recording
@@ -18,7 +19,7 @@ from parity.verdict import Verdict
 __all__ = ["Limits", "check"]
 
 ROLES = ("reference", "candidate-scores")
-REQUIRES: tuple[str, ...] = ()
+REQUIRES = MODEL
 
 
 def check(reference: Recording, candidate: Recording, *, noise: Noise | None, limits: Limits) -> Verdict:

@@ -14,7 +14,6 @@ from parity.verdict import Verdict
 __all__ = ["Limits", "check"]
 
 ROLES = ("logic-reference", "logic-candidate")
-REQUIRES: tuple[str, ...] = ()
 
 
 def check(reference: Recording, candidate: Recording, *, noise: Noise | None, limits: Limits) -> Verdict:  # noqa: ARG001

@@ -1,13 +1,9 @@
 """Sampling: does each engine sample as it was asked, by its own raw log-probabilities?
 
-One engine at a time and no second model: sampled texts are never compared across engines. At each step the raw
-distribution p is known on the top K tokens; the policy q is what the asked temperature and filters make of it:
-
-    p -> p^(1/T) -> min_p -> top_k -> top_p -> renormalised        (vLLM's order)
-
-q is exact where the filters end within the top K, or at T = 1 without filters, where all other tokens share one bucket
-of known mass. Other steps, and steps with a tie across the edge of a filter, are left out of the tests that need q.
-Whether a step is left out depends on its context alone, never on the drawn token, so nothing is biased by it.
+One engine at a time and no second model: sampled texts are never compared across engines. The policy q is what the
+asked temperature and filters make of the raw distribution, see `parity.sampler`. Steps at which it is not exact, and
+steps with a tie across the edge of a filter, are left out of the tests that need q. Whether a step is left out depends
+on its context alone, never on the drawn token, so nothing is biased by it.
 
     support   tokens that the policy excludes; three are enough to fail
     score     z = sum(l(x) - E_q l) / sqrt(sum Var_q l): a martingale, N(0, 1) also with dependent tokens
@@ -21,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import NormalDist
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -35,6 +31,19 @@ from parity.errors import IncomparableError
 from parity.noise import Noise
 from parity.prompts import SamplingParams
 from parity.recording import Completion, Recording
+from parity.sampler import (
+    FLOOR_NATS,
+    Edges,
+    Filter,
+    SamplingPolicy,
+    Steps,
+    at,
+    fitted_temperature,
+    policy_of,
+    steps_of,
+    tempered,
+    transformed,
+)
 from parity.verdict import Finding, Outcome, Verdict, worst
 
 if TYPE_CHECKING:
@@ -45,7 +54,6 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 ROLES = ("sampled-reference", "sampled-candidate")
-REQUIRES: tuple[str, ...] = ()
 _WITNESSES = 3
 _PERMUTATIONS = 9999
 _MOVES_CHOICE: Mapping[str, float] = {
@@ -54,8 +62,6 @@ _MOVES_CHOICE: Mapping[str, float] = {
     "frequency_penalty": 0.0,
     "min_tokens": 0,  # the stop tokens are masked until then, which raw log-probabilities do not show
 }
-_FLOOR_NATS = -100.0  # stands for a masked token's -inf, so that sums stay finite
-_NO_MASS = 1e-6  # what float32 leaves of the tail's mass when the row holds everything
 _NO_VARIANCE = 1e-9  # nats squared: equally probable tokens, up to float32
 _token_finding = partial(Finding, unit="tokens", reference=None, delta=None, interval=None)
 
@@ -189,155 +195,51 @@ def _require_plain_sampling(recording: Recording) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Steps:
-    """All drawn tokens of a recording, stop tokens included, with the distributions they were drawn from.
-
-    Shapes: owner, position, token_id, rank, logprob [N]; top [N, K], descending, nats. `rank` is K outside the top K.
-    """
-
-    answers: tuple[Completion, ...]
-    owner: Ints
-    position: Ints
-    token_id: Ints
-    rank: Ints
-    logprob: Floats
-    top: Floats
-
-    def __len__(self) -> int:
-        return len(self.rank)
-
-
-def _steps(recording: Recording) -> _Steps:
-    """Sorted by prompt id: a verdict must not depend on the order of asking or of finishing."""
+def _steps(recording: Recording) -> Steps:
     mode = recording.fingerprint.context.get("engine.logprobs_mode", "raw_logprobs")
     if mode != "raw_logprobs":
         raise IncomparableError(
             f"{recording.label} returned {mode}: the audit needs log-probabilities before temperature and filters"
         )
-    answers = tuple(sorted(recording.completions, key=lambda c: c.id))
-    owners, positions, tokens, chosen, ids, top = [], [], [], [], [], []
-    for owner, answer in enumerate(answers):
-        parts = [(0, answer.token_ids, answer.logprobs)]
-        if answer.terminator is not None:
-            # Leaving out the steps that chose to stop would select by what was drawn.
-            parts.append((len(answer.token_ids), (answer.terminator.token_id,), answer.terminator.logprobs))
-        for start, token_ids, logprobs in parts:
-            if not token_ids:
-                continue
-            if logprobs is None or not logprobs.k:
-                what = "the answer" if token_ids is answer.token_ids else "the stop token"
-                raise IncomparableError(
-                    f"{recording.label} returned no log-probabilities for {what} of {answer.id!r}, and the audit rests "
-                    "on them; ask for the top 20 of every token"
-                )
-            shape = (len(logprobs), logprobs.k)
-            owners.append(np.full(len(token_ids), owner))
-            positions.append(start + np.arange(len(token_ids)))
-            tokens.append(np.asarray(token_ids, np.int64))
-            chosen.append(np.frombuffer(logprobs.chosen, np.float32).astype(np.float64))
-            ids.append(np.frombuffer(logprobs.top_token_ids, np.int32).reshape(shape))
-            top.append(np.frombuffer(logprobs.top, np.float32).reshape(shape))
-    k = min((row.shape[1] for row in top), default=1)
-    token_id = np.concatenate([np.empty(0, np.int64), *tokens])
-    table = np.concatenate([np.empty((0, k), np.float64), *(row[:, :k] for row in top)])
-    hit = np.concatenate([np.empty((0, k), np.int32), *(row[:, :k] for row in ids)]) == token_id[:, None]
-    rank = np.where(hit.any(axis=1), hit.argmax(axis=1), k)
-    own = np.concatenate([np.empty(0), *chosen])
-    return _Steps(
-        answers=answers,
-        owner=np.concatenate([np.empty(0, np.int64), *owners]),
-        position=np.concatenate([np.empty(0, np.int64), *positions]),
-        token_id=token_id,
-        rank=rank,
-        logprob=np.where(rank < k, _at(table, np.minimum(rank, k - 1)), own),
-        top=table,
+    return steps_of(recording)
+
+
+def _policy(steps: Steps, asked: SamplingParams, limits: Limits) -> SamplingPolicy:
+    edges = Edges(top_p_margin=limits.top_p_margin, edge_nats=limits.edge_nats)
+    return policy_of(steps.top, asked, edges)
+
+
+class _Seen(NamedTuple):
+    """What is kept of N steps, M of which score and PIT look at; the policy is K times as large and is not kept.
+
+    ceiling: [N] an upper bound of the largest probability.
+    surplus_nats: [M] how far the drawn token's raw log-probability lies above the expected one.
+    variance_nats2: [M] its variance. u: [M] the probability integral transform.
+    """
+
+    ceiling: Floats
+    surplus_nats: Floats
+    variance_nats2: Floats
+    u: Floats
+
+
+def _seen(steps: Steps, policy: SamplingPolicy, limits: Limits, random: np.random.Generator) -> _Seen:
+    used = _used(policy, limits)
+    q, rank, top = policy.q[used], steps.rank[used], np.maximum(steps.top[used].astype(np.float64), FLOOR_NATS)
+    # Any function of the context serves for the tail's logprob: one nat below the last known token.
+    values = np.concatenate([top, top[:, -1:] - 1.0], axis=1)
+    mean = (q * values).sum(axis=1)
+    return _Seen(
+        ceiling=policy.ceiling,
+        surplus_nats=at(values, rank) - mean,
+        variance_nats2=(q * (values - mean[:, None]) ** 2).sum(axis=1),
+        u=transformed(q, rank, random),
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Filter:
-    """One filter of the policy against the drawn tokens.
-
-    seen, violated: [N] where its edge is known, and where the drawn token lies beyond it.
-    edge: [N] the lowest raw logprob it allows, nats. leak: [N] the mass beyond it, NaN where that is not known.
-    """
-
-    name: str
-    seen: Bools
-    violated: Bools
-    edge: Floats
-    leak: Floats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Policy:
-    """What was asked, at each step.
-
-    q: [N, K + 1] probabilities of the top K and, last, of all other tokens; NaN rows where not exact.
-    ceiling: [N] an upper bound of the largest probability, known at every step.
-    """
-
-    q: Floats
-    ceiling: Floats
-    filters: tuple[_Filter, ...]
-
-
-def _policy(steps: _Steps, asked: SamplingParams, limits: Limits) -> _Policy:
-    """Apply temperature, min_p, top_k and top_p, in vLLM's order, to what is known of each distribution."""
-    top, logprob, k = steps.top, steps.logprob, steps.top.shape[1]
-    scaled = (top - top[:, :1]) / asked.temperature
-    weight = np.exp(scaled)  # relative to the most probable token's, as is `tail`
-    mass = np.maximum(1.0 - np.exp(top).sum(axis=1), 0.0)
-    mass[mass < _NO_MASS] = 0.0
-    unknown = mass / np.exp(top[:, 0]) if asked.temperature == 1.0 else np.full(len(steps), np.nan)
-    tail = np.where(mass == 0.0, 0.0, unknown)
-    kept = np.ones(top.shape, np.bool_)
-    filters = []
-
-    def cut_tail(closed: Bools) -> None:
-        """Nothing of the tail is left where the filter ends within the top K; how much is left elsewhere is unknown."""
-        tail[~closed & (tail != 0.0)] = np.nan
-        tail[closed] = 0.0
-
-    def add(name: str, edge: Floats, seen: Bools) -> None:
-        inside = np.where(kept & (top >= edge[:, None] - limits.edge_nats), weight, 0.0).sum(axis=1)
-        whole = np.where(kept, weight, 0.0).sum(axis=1) + tail
-        violated = seen & (logprob < edge - limits.edge_nats)
-        filters.append(_Filter(name=name, seen=seen, violated=violated, edge=edge, leak=1.0 - inside / whole))
-
-    if asked.min_p > 0.0:
-        lowest = math.log(asked.min_p)
-        add(f"min_p {asked.min_p:g}", top[:, 0] + asked.temperature * lowest, np.ones(len(steps), np.bool_))
-        kept &= scaled >= lowest
-        cut_tail(~kept[:, -1])
-    # Which of two equally probable tokens an edge keeps, or whether both, is the engine's choice. Logits in 16 bits tie
-    # often, and what a tie at the edge of top_k adds also moves the nucleus of top_p, which comes after it.
-    tied_k = np.zeros(len(steps), np.bool_)
-    if 0 < asked.top_k < k:
-        tied_k = top[:, asked.top_k - 1] - top[:, asked.top_k] < limits.edge_nats
-    if asked.top_k > 0:
-        edge = top[:, asked.top_k - 1] if asked.top_k <= k else np.full(len(steps), -np.inf)
-        add(f"top_k {asked.top_k}", edge, np.full(len(steps), asked.top_k <= k))
-        kept[:, asked.top_k :] = False
-        cut_tail(np.full(len(steps), asked.top_k <= k))
-    inside = np.where(kept, weight, 0.0)
-    whole = inside.sum(axis=1) + tail
-    ceiling = 1.0 / (inside.sum(axis=1) * asked.top_p)
-    if asked.top_p < 1.0:
-        before = (np.cumsum(inside, axis=1) - inside) / whole[:, None]
-        wide = asked.top_p + limits.top_p_margin
-        last = np.maximum((kept & (before < wide)).sum(axis=1) - 1, 0)
-        seen = (inside.sum(axis=1) / whole >= wide) & ~tied_k
-        add(f"top_p {asked.top_p:g}", _at(top, last), seen)
-        kept &= before < asked.top_p
-        cut_tail(inside.sum(axis=1) / whole >= asked.top_p)
-    q = np.concatenate([np.where(kept, weight, 0.0), tail[:, None]], axis=1)
-    q /= q.sum(axis=1, keepdims=True)
-    last = np.maximum(kept.sum(axis=1) - 1, 0)
-    tied = tied_k | ((last < k - 1) & (_at(top, last) - _at(top, np.minimum(last + 1, k - 1)) < limits.edge_nats))
-    q[tied] = np.nan
-    return _Policy(q=q, ceiling=np.where(np.isnan(q[:, 0]), np.minimum(ceiling, 1.0), q[:, 0]), filters=tuple(filters))
+def _used(policy: SamplingPolicy, limits: Limits) -> Bools:
+    """The steps [N] that score and PIT look at: q is exact and leaves a choice."""
+    return np.asarray(~np.isnan(policy.q[:, 0]) & (policy.q.max(axis=1) < limits.settled))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,8 +253,7 @@ class _Audit:
 
 def _audit(recording: Recording, limits: Limits) -> _Audit:
     steps, asked = _steps(recording), recording.workload.sampling
-    with np.errstate(over="ignore", invalid="ignore"):
-        broken = ~np.isfinite(steps.top[:, 0]) | np.isnan(steps.logprob) | ~(np.exp(steps.top).sum(axis=1) < 1.01)
+    broken = np.concatenate([_broken(block) for block in steps.blocks()])
     if broken.any():
         sentence = f"{broken.sum()} of {len(steps)} rows of log-probabilities are not a distribution"
         finding = _token_finding(
@@ -365,36 +266,56 @@ def _audit(recording: Recording, limits: Limits) -> _Audit:
             evidence=tuple(_place(steps, i) for i in np.flatnonzero(broken)[:_WITNESSES].tolist()),
         )
         return _Audit(findings=(finding,), causes=(f"the engine's numbers are broken: {sentence}",), steps=len(steps))
-    policy = _policy(steps, asked, limits)
-    used = ~np.isnan(policy.q[:, 0]) & (policy.q.max(axis=1, initial=0.0) < limits.settled)
-    support = _support(steps, policy, limits)
-    score = _score(steps, policy, used, asked, limits)
-    pit = _pit(steps, policy, used, recording.digest, limits)
-    draws, no_chance = _draws(steps, policy, limits)
+    random = np.random.default_rng(int.from_bytes(recording.digest.encode(), "big"))
+    blocks, filtered = [], []
+    for block in steps.blocks():
+        policy = _policy(block, asked, limits)
+        blocks.append(_seen(block, policy, limits, random))
+        filtered.append(policy.filters)
+    seen = _Seen._make(map(np.concatenate, zip(*blocks, strict=True)))
+    filters = tuple(map(Filter.joined, zip(*filtered, strict=True)))
+    support = _support(steps, filters, limits)
+    score = _score(steps, seen, asked, limits)
+    pit = _pit(steps, seen, limits)
+    draws, no_chance = _draws(steps, seen, limits)
     causes = list(no_chance)
     if support.outcome is Outcome.FAIL:
-        causes += [_leak_cause(steps, f) for f in policy.filters if f.violated.sum() >= limits.support]
+        beyond = [(f, _violated(steps, f, limits)) for f in filters]
+        causes += [_leak_cause(steps, f, violated) for f, violated in beyond if violated.sum() >= limits.support]
     if not no_chance and Outcome.FAIL in (score.outcome, pit.outcome):
-        causes += _shape_causes(steps, policy, used, asked, limits)
+        causes += _shape_causes(steps, asked, limits)
     return _Audit(findings=(support, score, pit, draws), causes=tuple(causes), steps=len(steps))
 
 
-def _support(steps: _Steps, policy: _Policy, limits: Limits) -> Finding:
+def _broken(steps: Steps) -> Bools:
+    """The rows [N] that are not distributions."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.exp(steps.top).sum(axis=1)
+    return np.asarray(~np.isfinite(steps.top[:, 0]) | np.isnan(steps.logprob) | ~(sums < 1.01))
+
+
+def _violated(steps: Steps, one: Filter, limits: Limits) -> Bools:
+    """The tokens [N] that lie beyond a filter's edge."""
+    return np.asarray(one.seen & (steps.logprob < one.edge - limits.edge_nats))
+
+
+def _support(steps: Steps, filters: Sequence[Filter], limits: Limits) -> Finding:
     """Tokens beyond an edge: none is drawn by an engine that applies its filters."""
     violated = np.zeros(len(steps), np.bool_)
     edge, name = np.full(len(steps), -np.inf), np.full(len(steps), "", object)
-    for one in policy.filters:
-        violated |= one.violated
-        tighter = one.violated & (one.edge > edge)
+    for one in filters:
+        beyond = _violated(steps, one, limits)
+        violated |= beyond
+        tighter = beyond & (one.edge > edge)
         edge[tighter], name[tighter] = one.edge[tighter], one.name
-    blind = [f.name for f in policy.filters if not f.seen.any()]
+    blind = [f.name for f in filters if not f.seen.any()]
     outcome = Outcome.PASS if not blind else Outcome.INCONCLUSIVE
     if violated.sum() >= limits.support:
         outcome = Outcome.FAIL
-    seen = ", ".join(f"{f.name} seen at {f.seen.sum()}" for f in policy.filters)
+    seen = ", ".join(f"{f.name} seen at {f.seen.sum()}" for f in filters)
     sentence = f"{violated.sum()} of {len(steps)} tokens are excluded by the asked filters ({seen or 'none asked'})"
     if blind:
-        sentence += f"; the edge of {' and '.join(blind)} lies outside the known top {steps.top.shape[1]}"
+        sentence += f"; the edge of {' and '.join(blind)} lies outside the known top {steps.k}"
         sentence += "; set top_k within it or temperature 1 in the audit's workload"
     order = sorted(np.flatnonzero(violated).tolist(), key=lambda i: steps.logprob[i] - edge[i])
     return _token_finding(
@@ -412,16 +333,11 @@ def _support(steps: _Steps, policy: _Policy, limits: Limits) -> Finding:
     )
 
 
-def _score(steps: _Steps, policy: _Policy, used: Bools, asked: SamplingParams, limits: Limits) -> Finding:
+def _score(steps: Steps, seen: _Seen, asked: SamplingParams, limits: Limits) -> Finding:
     """Are the drawn tokens as probable as they should be, on average?"""
-    q, top = policy.q[used], np.maximum(steps.top[used], _FLOOR_NATS)
-    # Any function of the context serves for the tail's logprob: one nat below the last known token.
-    values = np.concatenate([top, top[:, -1:] - 1.0], axis=1)
-    mean = (q * values).sum(axis=1)
-    variance = (q * (values - mean[:, None]) ** 2).sum(axis=1)
-    varies = variance > _NO_VARIANCE
-    information = float(variance[varies].sum())
-    surplus = float((_at(values, steps.rank[used]) - mean)[varies].sum())
+    varies = seen.variance_nats2 > _NO_VARIANCE
+    information = float(seen.variance_nats2[varies].sum())
+    surplus = float(seen.surplus_nats[varies].sum())
     n = int(varies.sum())
     z = surplus / math.sqrt(information) if information > 0.0 else 0.0
     outcome = _outcome(abs(z) > limits.z, n, limits)
@@ -443,16 +359,16 @@ def _score(steps: _Steps, policy: _Policy, used: Bools, asked: SamplingParams, l
         sentence=sentence,
         candidate=z,
         limit=f"|z| <= {limits.z:g}: a correct sampler exceeds it in 1 of 1000 runs",
+        margin=limits.z,
         n=n,
         evidence=(),
     )
 
 
-def _pit(steps: _Steps, policy: _Policy, used: Bools, digest: str, limits: Limits) -> Finding:
+def _pit(steps: Steps, seen: _Seen, limits: Limits) -> Finding:
     """Does the whole shape fit, most probable token first?"""
-    u = _transformed(policy.q[used], steps.rank[used], digest)
-    n = len(u)
-    distance, p = ks_uniform(u)
+    n = len(seen.u)
+    distance, p = ks_uniform(seen.u)
     outcome = _outcome(p < limits.ks_p, n, limits)
     sentence = _too_few(n, steps, limits)
     if outcome is not Outcome.INCONCLUSIVE:
@@ -464,18 +380,19 @@ def _pit(steps: _Steps, policy: _Policy, used: Bools, digest: str, limits: Limit
         sentence=sentence,
         candidate=p,
         limit=f"p >= {limits.ks_p:g}: a correct sampler falls below it in 1 of {1 / limits.ks_p:.0f} runs",
+        margin=limits.ks_p,
         n=n,
         evidence=(),
     )
 
 
-def _draws(steps: _Steps, policy: _Policy, limits: Limits) -> tuple[Finding, tuple[str, ...]]:
+def _draws(steps: Steps, seen: _Seen, limits: Limits) -> tuple[Finding, tuple[str, ...]]:
     """Is anything left to chance? Needs only a bound of q, so it also works where q is not exact."""
-    best = steps.top[:, 0] - limits.edge_nats
+    best = steps.top[:, 0].astype(np.float64) - limits.edge_nats
     ties = (steps.top >= best[:, None]).sum(axis=1)
     others = int((steps.logprob < best).sum())
-    chance_greedy = math.exp(np.log(np.minimum(1.0, policy.ceiling * ties)).sum())
-    log_ceiling = np.bincount(steps.owner, np.log(policy.ceiling), len(steps.answers))
+    chance_greedy = math.exp(np.log(np.minimum(1.0, seen.ceiling * ties)).sum())
+    log_ceiling = np.bincount(steps.owner, np.log(seen.ceiling), len(steps.answers))
     repeats = defaultdict(list)
     for owner, answer in enumerate(steps.answers):
         repeats[answer.prompt_token_ids].append(owner)
@@ -510,13 +427,13 @@ def _draws(steps: _Steps, policy: _Policy, limits: Limits) -> tuple[Finding, tup
     return finding, tuple(causes)
 
 
-def _leak_cause(steps: _Steps, one: _Filter) -> str:
+def _leak_cause(steps: Steps, one: Filter, violated: Bools) -> str:
     """Not applied, if as much leaks as the filter should hold back; else applied wrongly."""
-    share, count = one.violated.sum() / one.seen.sum(), int(one.violated.sum())
+    share, count = violated.sum() / one.seen.sum(), int(violated.sum())
     expected = float(np.nanmean(one.leak[one.seen])) if np.isfinite(one.leak[one.seen]).any() else math.nan
     what = f"{100 * share:.1f} % of tokens ({count}) lie outside it"
-    deepest = int(steps.rank[one.violated].max()) + 1
-    if one.name.startswith("top_k") and deepest < steps.top.shape[1] // 2:
+    deepest = int(steps.rank[violated].max()) + 1
+    if one.name.startswith("top_k") and deepest < steps.k // 2:
         return f"{one.name} is not applied as asked: {what}, none beyond rank {deepest}: it looks like top_k {deepest}"
     if math.isnan(expected):
         return f"{one.name} is not applied as asked: {what}"
@@ -524,12 +441,18 @@ def _leak_cause(steps: _Steps, one: _Filter) -> str:
     return f"{one.name} {verb}: {what}, {100 * expected:.1f} % expected without the filter"
 
 
-def _shape_causes(
-    steps: _Steps, policy: _Policy, used: Bools, asked: SamplingParams, limits: Limits
-) -> tuple[str, ...]:
+def _shape_causes(steps: Steps, asked: SamplingParams, limits: Limits) -> tuple[str, ...]:
     """What kind of wrong distribution fits: a filter that is too tight, or another temperature."""
-    q, rank, top = policy.q[used], steps.rank[used], steps.top[used]
-    expected, drawn = q.sum(axis=0), np.bincount(rank, minlength=q.shape[1])
+    k = steps.k
+    expected, drawn, allowed = np.zeros(k + 1), np.zeros(k + 1), []
+    for block in steps.blocks():
+        policy = _policy(block, asked, limits)
+        used = _used(policy, limits)
+        q, rank = policy.q[used], block.rank[used]
+        expected += q.sum(axis=0)
+        drawn += np.bincount(rank, minlength=k + 1)
+        rows = (rank < k) & (at(q, rank) > 0.0)
+        allowed.append((np.where(q[rows, :-1] > 0.0, block.top[used][rows], -np.inf), rank[rows]))
     deepest = int(np.flatnonzero(drawn).max())
     missing = float(expected[deepest + 1 :].sum())
     if missing > -math.log(limits.impossible):
@@ -537,36 +460,11 @@ def _shape_causes(
             f"no token beyond rank {deepest + 1} was drawn where {missing:.0f} were expected: a filter is tighter than "
             f"asked (it looks like top_k {deepest + 1})",
         )
-    rows = (rank < top.shape[1]) & (_at(q, rank) > 0.0)
-    temperature, fitted = _fitted_temperature(np.where(q[:, :-1] > 0.0, top, -np.inf)[rows], rank[rows])
-    _, p = ks_uniform(_transformed(fitted, rank[rows], ""))
+    temperature, random = fitted_temperature(allowed), np.random.default_rng(0)
+    _, p = ks_uniform(np.concatenate([transformed(tempered(top, temperature), rank, random) for top, rank in allowed]))
     if p < limits.ks_p or abs(math.log(temperature / asked.temperature)) > math.log(9.0):
         return ("no other temperature explains the answers",)
     return (f"the answers look like temperature {temperature:.2f} (asked {asked.temperature:.2f})",)
-
-
-def _fitted_temperature(top: Floats, rank: Ints) -> tuple[float, Floats]:
-    """The most likely temperature, and the distributions it gives, among the tokens that are not -inf in `top`.
-
-    Conditioning on these tokens makes every temperature computable. The derivative of the log-likelihood by 1/T falls
-    strictly, so its zero is found by bisection, in ln T on [0.1, 10].
-    """
-    known = np.maximum(top - top[:, :1], _FLOOR_NATS)
-    drawn = float(_at(known, rank).sum())
-    low, high = math.log(0.1), math.log(10.0)
-    for _ in range(20):
-        middle = (low + high) / 2
-        q = np.where(np.isfinite(top), np.exp(known / math.exp(middle)), 0.0)
-        q /= q.sum(axis=1, keepdims=True)
-        low, high = (low, middle) if drawn > float((q * known).sum()) else (middle, high)
-    return math.exp((low + high) / 2), q
-
-
-def _transformed(q: Floats, rank: Ints, digest: str) -> Floats:
-    """The probability integral transform, its randomisation fixed by the recording. Shape: [N]."""
-    v = np.random.default_rng(int.from_bytes(digest.encode(), "big")).random(len(rank))
-    at = _at(q, rank) if len(rank) else np.empty(0)
-    return np.clip(_at(np.cumsum(q, axis=1), rank) - at + v * at, 0.0, 1.0)
 
 
 def ks_uniform(u: Floats) -> tuple[float, float]:
@@ -593,8 +491,8 @@ def _outcome(failed: bool, n: int, limits: Limits) -> Outcome:
     return Outcome.FAIL if failed else Outcome.PASS
 
 
-def _too_few(n: int, steps: _Steps, limits: Limits) -> str:
-    k = steps.top.shape[1]
+def _too_few(n: int, steps: Steps, limits: Limits) -> str:
+    k = steps.k
     return (
         f"cannot be judged: the policy is known and leaves a choice at {n} of {len(steps)} tokens, {limits.min_steps} "
         f"are needed; ask for more tokens, with top_k <= {k} or temperature 1"
@@ -621,11 +519,6 @@ def _answer(completion: Completion) -> tuple[object, ...]:
     return completion.token_ids, None if end is None else end.token_id
 
 
-def _place(steps: _Steps, step: int) -> str:
+def _place(steps: Steps, step: int) -> str:
     answer = steps.answers[int(steps.owner[step])]
     return f"{answer.id}, token {steps.position[step]} (id {steps.token_id[step]})"
-
-
-def _at(table: Floats, column: Ints) -> Floats:
-    """table[i, column[i]] for every row i."""
-    return table[np.arange(len(table)), column]

@@ -15,7 +15,6 @@ from parity.verdict import Verdict
 __all__ = ["Limits", "check"]
 
 ROLES = ("stepwise-reference", "stepwise-candidate")
-REQUIRES: tuple[str, ...] = ()
 
 
 def check(reference: Recording, candidate: Recording, *, noise: Noise | None, limits: Limits) -> Verdict:  # noqa: ARG001

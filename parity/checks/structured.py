@@ -36,7 +36,6 @@ from parity.stats import mcnemar
 from parity.verdict import Finding, Outcome, Verdict, worst
 
 ROLES = ("structured-reference", "structured-candidate")
-REQUIRES: tuple[str, ...] = ()
 ALONE = True
 """A candidate can be judged without a reference."""
 _WITNESSES = 3
