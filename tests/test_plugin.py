@@ -319,7 +319,7 @@ def test_a_targets_file_that_cannot_be_read_is_one_sentence(
         (suite.root / "suites" / "targets.toml").write_text(content)
     result = pytester.runpytest("suites")
     assert result.ret == 1
-    assert "parity could not judge: the targets file " in text_of(result)
+    assert "parity could not judge: the file " in text_of(result)
 
 
 # Other people's sessions -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from parity.comparable import first_difference
+from parity.decision import Decision
 from parity.diagnose import Diagnosis
 from parity.fingerprint import Difference
 from parity.probes import Probe
@@ -58,6 +59,14 @@ def diagnosis(found: Diagnosis) -> str:
     lines = _wrapped(f"cause ({found.confidence.value}): {found.sentence}", "", hang=2)
     for witness in found.evidence:
         lines += _wrapped(witness, "  - ", hang=0)
+    return "\n".join(lines)
+
+
+def decision(found: Decision, title: str) -> str:
+    """The decision, then its evidence, strongest first."""
+    lines = _wrapped(f"{found.advice.value}  {title}: {found.sentence}", "", hang=2)
+    for number, piece in enumerate(found.evidence, start=1):
+        lines += _wrapped(piece, f"  {number}. ", hang=0)
     return "\n".join(lines)
 
 
