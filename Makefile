@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
 unit: $(INSTALLED)
-	$(BIN)/pytest tests -m "not real and not browser"
+	$(BIN)/pytest tests -m "not real and not browser" -n 2
 
 # Real engines: planted faults must fail for the right reason, adapters must keep their promises.
 test-real: $(INSTALLED)
