@@ -57,7 +57,8 @@ def collect(target: Target, recorder: Recorder, shelf: Shelf | None = None) -> E
         confirmation = _recorded(_fresh(target, flagged), fresh, None)
     golden = None
     if accepted is not None and shelf is not None:
-        golden = _held_against(target, recorder, accepted, shelf, evidence.recordings)
+        held = {role: evidence.recordings[role] for role in ("candidate", _GOLDEN_SCORES)}
+        golden = _held_against(target, recorder, accepted, shelf, held)
     elif why_not:
         recorder.observer.note(why_not)
     return _sealed(target, recorder, evidence.recordings, confirmation=confirmation, golden=golden, no_golden=why_not)
@@ -74,16 +75,11 @@ def against_golden(target: Target, recorder: Recorder, shelf: Shelf) -> Evidence
     accepted = shelf.read(target.name)
     answers = accepted.recording("reference")
     _require_same_question(target, answers)
+    known.read(shelf.root / known.FILE)  # a wrong line must not wait until everything is recorded
     workload = sent_as(target.workload, answers)
     asked: dict[str, Workload | Sequel] = {"candidate": workload, **_of_one_engine(target, "candidate", {})}
     found = recorder.record(target.candidate, {**asked, _GOLDEN_SCORES: _golden_tokens(target, accepted)})
-    evidence = _held_against(target, recorder, accepted, shelf, found)
-    more = {role: recording for role, recording in found.items() if role not in (*evidence.recordings, _GOLDEN_SCORES)}
-    return replace(
-        evidence,
-        recordings={**evidence.recordings, **more},
-        directories={**evidence.directories, **{role: recorder.directory / role for role in more}},
-    )
+    return _held_against(target, recorder, accepted, shelf, found)
 
 
 def _accepted(target: Target, shelf: Shelf | None) -> tuple[Golden | None, str]:
@@ -93,6 +89,7 @@ def _accepted(target: Target, shelf: Shelf | None) -> tuple[Golden | None, str]:
     try:
         found = shelf.read(target.name)
         _require_same_question(target, found.recording("reference"))
+        known.read(shelf.root / known.FILE)
     except ParityError as error:
         return None, str(error)
     return found, ""
@@ -124,19 +121,15 @@ def _held_against(
 ) -> Evidence:
     """A run of its own beside the target's: the golden's recordings and copies of what is held against them."""
     directory = recorder.directory / _GOLDEN
-    sources = {
-        **accepted.directories,
-        "candidate": recorder.directory / "candidate",
-        "candidate-scores": recorder.directory / _GOLDEN_SCORES,
-    }
-    recordings = {role: accepted.recording(role) for role in accepted.directories}
-    recordings |= {"candidate": found["candidate"], "candidate-scores": found[_GOLDEN_SCORES]}
+    recordings = {**{role: accepted.recording(role) for role in accepted.directories}, **found}
+    recordings["candidate-scores"] = recordings.pop(_GOLDEN_SCORES)
     lines = tuple(
         line for line in known.read(shelf.root / known.FILE) if line.concerns(target.name, found["candidate"])
     )
     with store.disk_errors_named(directory):
-        for role, source in sources.items():
-            store.copy(source, directory / role)
+        for role in recordings:
+            own = recorder.directory / (_GOLDEN_SCORES if role == "candidate-scores" else role)
+            store.copy(accepted.directories.get(role, own), directory / role)
     return _sealed(
         replace(target, policy=_policy_of(target, recordings["reference"], found["candidate"])),
         replace(recorder, directory=directory),

@@ -168,6 +168,8 @@ def _concluded(options: argparse.Namespace, evidence: Evidence, *, title: str, n
             say(f"  and {len(packages) - _SHOWN_PACKAGES} more, in the report")
     say("")
     say(terminal.decision(conclusion.decision, title))
+    if remarks := terminal.warnings(conclusion.verdicts):
+        say(remarks)
     try:
         say(f"report: {_write_report(options, evidence, conclusion, title=title, name=name)}")
     except ParityError as error:  # it shows answers side by side, which must not keep a decision from being said

@@ -62,6 +62,16 @@ def diagnosis(found: Diagnosis) -> str:
     return "\n".join(lines)
 
 
+def warnings(verdicts: Sequence[Verdict]) -> str:
+    """What a reader must know to weigh the verdicts, each remark once."""
+    checks: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        for warning in verdict.warnings:
+            checks.setdefault(warning, []).append(verdict.check)
+    lines = [line for text, names in checks.items() for line in _wrapped(f"note ({', '.join(names)}): {text}", "  ")]
+    return "\n".join(lines)
+
+
 def decision(found: Decision, title: str) -> str:
     """The decision, then its evidence, strongest first."""
     lines = _wrapped(f"{found.advice.value}  {title}: {found.sentence}", "", hang=2)
