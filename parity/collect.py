@@ -130,8 +130,9 @@ def _held_against(
         for role in recordings:
             own = recorder.directory / (_GOLDEN_SCORES if role == "candidate-scores" else role)
             store.copy(accepted.directories.get(role, own), directory / role)
+    limits = {**accepted.learned_limits(), **target.limits}  # what the user has set wins
     return _sealed(
-        replace(target, policy=_policy_of(target, recordings["reference"], found["candidate"])),
+        replace(target, policy=_policy_of(target, recordings["reference"], found["candidate"]), limits=limits),
         replace(recorder, directory=directory),
         recordings,
         accepted=True,

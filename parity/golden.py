@@ -53,6 +53,14 @@ class Golden(Document):
         """How much each metric varied over the accepted runs."""
         return metrics.spread(self.history)
 
+    def learned_limits(self) -> dict[str, dict[str, Any]]:
+        """Limits of checks that the history of accepted runs knows better than a default, each with its source."""
+        values = self.history.get(metrics.DISTANCE, ())
+        ratio = metrics.learned_ratio(values)
+        if ratio is None:
+            return {}
+        return {"lockstep": {"kl_ratio_one_side": ratio, "source": f"the spread of {len(values)} accepted runs"}}
+
     def recording(self, role: str) -> Recording:
         """One of its recordings.
 

@@ -181,9 +181,10 @@ class Document:
 def remembered(before: Document | None, facts: Facts, *, answers: str, at: str) -> list[Mapping[str, Scalar]]:
     """The history with one more run, whose recording has the digest `answers`; accepted again, it counts once."""
     values = {name: metric.value for name, metric in facts.metrics.items()}
-    run = {"accepted_at": at, "engine": facts.provenance["engine"], "recording": answers[:12], **values}
     runs = () if before is None else before.runs
-    return [*(r for r in runs if r.get("recording") != run["recording"]), run][-_HISTORY:]
+    if before is not None and before.recordings["reference"].digest == answers:
+        runs = runs[:-1]
+    return [*runs, {"accepted_at": at, "engine": facts.provenance["engine"], **values}][-_HISTORY:]
 
 
 def render(body: Mapping[str, Any]) -> str:
@@ -202,7 +203,9 @@ def parse(text: str, *, where: str, target: str) -> Document:
         RecordingError: If it is truncated, of a newer schema, of another target, or lacks or misnames something.
     """
     if "\n<<<<<<< " in f"\n{text}":
-        raise RecordingError(f"{where} holds a merge conflict; take one side with git, and accept the other anew")
+        raise RecordingError(
+            f"{where} holds a merge conflict; take its whole folder from one branch, and accept the other's run again"
+        )
     try:
         data = json.loads(text)
         schema = data["schema"]

@@ -13,7 +13,10 @@ import numpy as np
 
 from parity.noise import Noise
 from parity.recording import Completion, FinishReason, Recording
+from parity.stats import student_t_quantile
 
+DISTANCE = "KL divergence from the arbiter"
+_ENOUGH_RUNS = 8
 _DIGITS = 6
 """Significant digits kept: beyond them sums differ between machines."""
 
@@ -66,7 +69,7 @@ def of_noise(noise: Noise | None) -> dict[str, Metric]:
         return {}
     steps, n = noise.steps, len(noise.steps.prompt_ids)
     return {
-        "KL divergence from the arbiter": _metric(float(steps.kl_nats.mean()), "nats a token", n),
+        DISTANCE: _metric(float(steps.kl_nats.mean()), "nats a token", n),
         "changed choices against the arbiter": _metric(float(steps.flipped.mean()), "of tokens", n),
         "margin shift against the arbiter": _metric(noise.measured_nats, "nats", n),
     }
@@ -88,6 +91,19 @@ def spread(values: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
         for name, found in values.items()
         if len(found) > 1
     }
+
+
+def learned_ratio(values: Sequence[float]) -> float | None:
+    """How far the ratio of two accepted runs' values goes by itself, from the spread of at least eight of them.
+
+    A one-sided 0.999 prediction limit of the difference of two logarithms, held between 1.05 and 1.5: eight equal runs
+    are no proof that there is no spread, and no history may excuse everything. None where the history is too short.
+    """
+    if len(values) < _ENOUGH_RUNS or min(values) <= 0.0:
+        return None
+    deviation = float(np.std(np.log(values), ddof=1))
+    limit = math.exp(student_t_quantile(0.999, len(values) - 1) * math.sqrt(2.0) * deviation)
+    return float(f"{min(max(limit, 1.05), 1.5):.{_DIGITS}g}")
 
 
 def _metric(value: float, unit: str, n: int) -> Metric:

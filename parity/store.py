@@ -48,6 +48,8 @@ TOKENS = "tokens.jsonl"
 LOGPROBS = "logprobs.parquet"
 _WIDEST = 4096
 """Log-probabilities kept with a token; more would be a vocabulary."""
+_INFLATED, _SMALL_BYTES = 200, 64 << 20
+"""How many times its size at rest a table may unpack to, from this size on; log-probabilities take twice to thrice."""
 # Bytes of like meaning side by side: a quarter smaller than plain zstd, and as fast.
 _ENCODING = {
     "request": "DELTA_BINARY_PACKED",
@@ -353,10 +355,12 @@ def _read_logprobs(
     path: Path, texts: Sequence[Mapping[str, Any]]
 ) -> list[tuple[TokenLogprobs | None, TokenLogprobs | None]]:
     with pq.ParquetFile(path, memory_map=True) as file:
-        count, k = file.metadata.num_rows, file.schema_arrow.field("top_token_ids").type.list_size
+        count, k = file.metadata.num_rows, _width(file.schema_arrow)
         # A small file may claim to unpack to anything. Which answer has a row too many is told below.
         if count > 2 * (most := sum(len(text["token_ids"]) + 1 for text in texts)) or not 1 <= k <= _WIDEST:
             raise ValueError(f"{count} rows of {k} log-probabilities for {most} tokens")
+        if 8 * count * k > max(_INFLATED * path.stat().st_size, _SMALL_BYTES):
+            raise ValueError(f"{count} rows of {k} log-probabilities out of {path.stat().st_size} bytes")
         request, chosen = np.empty(count, np.int32), np.empty(count, np.float32)
         ids, top = np.empty((count, k), np.int32), np.empty((count, k), np.float32)
         start = 0
@@ -377,6 +381,21 @@ def _read_logprobs(
         first = everything.rows(start, start + body) if rows else None
         result.append((first, everything.rows(stop - 1, stop) if stepped else None))
     return result
+
+
+def _width(schema: pa.Schema) -> int:
+    """The k of a table of log-probabilities; a column more, or of another type, could unpack to anything."""
+    found = {field.name: field.type for field in schema}
+    k = getattr(found.get("top_token_ids"), "list_size", 0)
+    wanted = {
+        "request": pa.int32(),
+        "logprob_nats": pa.float32(),
+        "top_token_ids": pa.list_(pa.int32(), k),
+        "top_logprobs_nats": pa.list_(pa.float32(), k),
+    }
+    if found != wanted:
+        raise ValueError(f"columns {', '.join(f'{name} {kind}' for name, kind in found.items())}"[:300])
+    return int(k)
 
 
 def _buffer(values: NDArray[Any]) -> memoryview:

@@ -100,7 +100,7 @@ def test_a_merge_conflict_is_called_one(shelf: Shelf, folder: Path) -> None:
     path = folder / golden.FILE
     line = ' "reason": "run 1",\n'
     path.write_text(path.read_text().replace(line, f"<<<<<<< ours\n{line}=======\n{line}>>>>>>> theirs\n"))
-    refused(shelf, "golden.json' holds a merge conflict; take one side with git, and accept the other anew")
+    refused(shelf, "golden.json' holds a merge conflict; take its whole folder from one branch, and accept the")
 
 
 @pytest.mark.parametrize("reseal", [False, True], ids=["digest left", "digest made right"])
@@ -350,6 +350,10 @@ def table(rows: int, width: int, **more: pa.Array) -> pa.Table:
     )
 
 
+def unpacked(*_: object, **__: object) -> None:
+    raise AssertionError("the content was unpacked")
+
+
 @pytest.mark.parametrize(("rows", "width"), [(3_000_000, 1), (12, 200_000), (0, 5000)])
 def test_log_probabilities_that_explode_are_refused_before_they_do(
     rows: int, width: int, shelf: Shelf, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -357,12 +361,32 @@ def test_log_probabilities_that_explode_are_refused_before_they_do(
     path = directory_of(folder) / store.LOGPROBS
     pq.write_table(table(rows, width), path, compression="zstd")
     forge(folder, "reference")
-
-    def unpacked(*_: object, **__: object) -> None:
-        raise AssertionError("the content was unpacked")
-
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", unpacked)
     refused(shelf, rf"cannot be decoded \({rows} rows of {width} log-probabilities for 15 tokens\); record again")
+
+
+@pytest.mark.parametrize("name", ["more", "request"])
+def test_a_column_that_nobody_writes_is_never_unpacked(
+    name: str, shelf: Shelf, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte of zeros a row is some bytes a row at rest."""
+    zeros = {name: pa.array([bytes(1 << 20)] * 12)}
+    pq.write_table(table(12, 20, **zeros), directory_of(folder) / store.LOGPROBS, compression="zstd")
+    forge(folder, "reference")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", unpacked)
+    refused(shelf, rf"cannot be decoded \(columns .*{name} binary")
+
+
+def test_rows_and_widths_that_explode_together_are_refused(
+    shelf: Shelf, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each within its own limit, and together far more than a file of this size can hold."""
+    monkeypatch.setattr(store, "_INFLATED", 0)
+    monkeypatch.setattr(store, "_SMALL_BYTES", 1000)
+    pq.write_table(table(12, 20), directory_of(folder) / store.LOGPROBS)
+    forge(folder, "reference")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", unpacked)
+    refused(shelf, r"cannot be decoded \(12 rows of 20 log-probabilities out of \d+ bytes\)")
 
 
 # Nothing is executed -----------------------------------------------------------------------------------------------

@@ -8,12 +8,29 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy import stats  # type: ignore[import-untyped]
 
 from lockstep_cases import World
 from parity import metrics, noise
 from parity.metrics import Metric, Spread
 from parity.recording import Terminator
 from recordings import completion, recording
+
+
+def test_a_limit_is_learned_from_the_spread_of_accepted_runs() -> None:
+    """Against scipy: ten runs, t quantile at 0.999 with nine degrees, times sqrt 2 times their standard deviation."""
+    logs = np.random.default_rng(7).normal(-7.0, 0.02, 10)
+    wanted = math.exp(stats.t.ppf(0.999, 9) * math.sqrt(2) * logs.std(ddof=1))
+    assert 1.05 < wanted < 1.5
+    assert metrics.learned_ratio(np.exp(logs).tolist()) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [([0.001] * 8, 1.05), ([0.001, 0.01] * 4, 1.5), ([0.001] * 7, None), ([0.0] * 8, None), ([], None)],
+)
+def test_a_learned_limit_has_bounds_and_needs_eight_runs(values: list[float], wanted: float | None) -> None:
+    assert metrics.learned_ratio(values) == wanted
 
 
 def test_the_metrics_of_answers_worked_by_hand() -> None:

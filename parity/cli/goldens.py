@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from parity.config import Target
     from parity.golden import Acceptance, Golden, Shelf
+    from parity.golden_document import Document
     from parity.judge import Evidence
     from parity.metrics import Metric
 
@@ -156,7 +157,7 @@ def _require_whole(acceptance: Acceptance, target: Target) -> None:
 def _show_numbers(shelf: Shelf, acceptance: Acceptance) -> None:
     from parity.golden import changes  # noqa: PLC0415
 
-    before = _golden_or_none(shelf, acceptance.target)
+    before = _accepted(shelf, acceptance.target)
     rows = changes({} if before is None else before.metrics, shelf.numbers_of(acceptance))
     width = max(len(name) for name, _, _ in rows)
     held = (
@@ -172,11 +173,12 @@ def _show_numbers(shelf: Shelf, acceptance: Acceptance) -> None:
         say(f"  note: {', '.join(undecided)} inconclusive in this run")
 
 
-def _golden_or_none(shelf: Shelf, target: str) -> Golden | None:
+def _accepted(shelf: Shelf, target: str) -> Document | None:
+    """What is superseded, also where its recordings are missing."""
     from parity.errors import GoldenMissingError  # noqa: PLC0415
 
     try:
-        return shelf.read(target)
+        return shelf.document(target)
     except GoldenMissingError:
         return None
 
