@@ -217,7 +217,8 @@ def _per_context(pair: Pair) -> list[Finding]:
     steps, limits, noise = pair.steps, pair.limits, pair.noise
     if noise is None or noise.steps is None or limits.budget_nats > 0.0 or float(steps.kl_nats.mean()) < 1e-12:
         return []
-    shared = [i for i in steps.prompt_ids if i in set(noise.steps.prompt_ids)]
+    known = set(noise.steps.prompt_ids)
+    shared = [i for i in steps.prompt_ids if i in known]
     ours, floor = steps.only(shared), noise.steps.only(shared)
     if not len(ours) or not len(floor):
         return []
@@ -341,7 +342,8 @@ def _against_arbiter(pair: Pair) -> tuple[Steps, Steps] | None:
         theirs = lockstep.measure(noise.scores, pair.candidate)
     except IncomparableError:
         return None  # the candidate's scores are of other tokens than the arbiter's
-    shared = [i for i in theirs.prompt_ids if i in set(noise.steps.prompt_ids)]
+    known = set(noise.steps.prompt_ids)
+    shared = [i for i in theirs.prompt_ids if i in known]
     return noise.steps.only(shared), theirs.only(shared)
 
 

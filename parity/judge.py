@@ -419,10 +419,10 @@ def scores(directory: Path, answers: Path) -> bool:
     By the tokens themselves: an engine that is recorded again and answers the same has been scored already.
     """
     try:
-        scored, own = store.read(directory), store.read(answers).by_id
+        scored, own = store.read_token_ids(directory), store.read_token_ids(answers)
     except RecordingError:
         return False
-    return all(c.id in own and own[c.id].token_ids == c.token_ids for c in scored.completions)
+    return all(own.get(id_) == token_ids for id_, token_ids in scored.items())
 
 
 def limits_of(check: str, table: Mapping[str, Any], policy: Policy) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -152,6 +153,7 @@ def log_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Log
     return LogRatio(ln=math.log(top / bottom), standard_error=math.sqrt(variance), prompts=m)
 
 
+@functools.cache
 def student_t_quantile(probability: float, degrees: int) -> float:
     """The value below which a Student t variable lies with `probability` (0.5 to 1); nine digits.
 

@@ -129,18 +129,9 @@ def read(directory: Path) -> Recording:
         RecordingError: If it is missing, truncated, edited, or of a newer schema.
     """
     header = read_header(directory)
-    for name, facts in header["files"].items():
-        path = directory / name
-        found = _file_facts(path, most_bytes=facts["bytes"]) if path.is_file() else None
-        if found != facts:
-            have = "is missing" if found is None else f"has {found['bytes']} bytes, sha256 {found['sha256'][:12]}"
-            raise RecordingError(
-                f"recording {str(directory)!r} was changed after it was sealed: {name} {have}, the header says "
-                f"{facts['bytes']} bytes, sha256 {facts['sha256'][:12]}; restore it or record again"
-            )
+    _verify(directory, header, tuple(header["files"]))
     try:
-        # Not splitlines(): it would also split at U+2028 inside a string.
-        texts = [json.loads(line) for line in (directory / TOKENS).read_text("utf-8").split("\n")[:-1]]
+        texts = _texts(directory)
         logprobs = _read_logprobs(directory / LOGPROBS, texts)
         completions = tuple(
             completion_from_json(text, logprobs=body, terminator_logprobs=step)
@@ -154,6 +145,37 @@ def read(directory: Path) -> Recording:
             f"{header['completions']}; record again"
         )
     return _recording(header, completions)
+
+
+def read_token_ids(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The tokens of each answer by prompt id, without their log-probabilities, which are most of a recording.
+
+    Raises:
+        RecordingError: As `read`.
+    """
+    _verify(directory, read_header(directory), (TOKENS,))
+    try:
+        return {text["id"]: tuple(text["token_ids"]) for text in _texts(directory)}
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise RecordingError(f"recording {str(directory)!r} cannot be decoded ({error}); record again") from error
+
+
+def _texts(directory: Path) -> list[dict[str, Any]]:
+    # Not splitlines(): it would also split at U+2028 inside a string.
+    return [json.loads(line) for line in (directory / TOKENS).read_text("utf-8").split("\n")[:-1]]
+
+
+def _verify(directory: Path, header: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse files that are not what was sealed."""
+    for name in names:
+        path, facts = directory / name, header["files"][name]
+        found = _file_facts(path, most_bytes=facts["bytes"]) if path.is_file() else None
+        if found != facts:
+            have = "is missing" if found is None else f"has {found['bytes']} bytes, sha256 {found['sha256'][:12]}"
+            raise RecordingError(
+                f"recording {str(directory)!r} was changed after it was sealed: {name} {have}, the header says "
+                f"{facts['bytes']} bytes, sha256 {facts['sha256'][:12]}; restore it or record again"
+            )
 
 
 def read_header(directory: Path) -> dict[str, Any]:
