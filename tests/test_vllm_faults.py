@@ -209,9 +209,7 @@ def test_an_unknown_fault_is_refused_in_one_sentence_that_names_the_known_ones(
     started: list[object], tmp_path: Path
 ) -> None:
     for name in ("relu", None):
-        with pytest.raises(
-            EngineError, match=rf"^there is no fault {name!r}; there are gelu .*, EOS wrong, "
-        ):
+        with pytest.raises(EngineError, match=rf"^there is no fault {name!r}; there are gelu .*, EOS wrong, "):
             vllm_faults.open_engine(with_fault(SPEC, name), tmp_path)
     assert started == []
 
