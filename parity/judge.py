@@ -108,6 +108,8 @@ def why_not(evidence: Evidence, check: str) -> str | None:
     Raises:
         ConfigError: If there is no such check.
     """
+    if not hasattr(checks.load(check), "check"):
+        return f"the {check} check judges scored documents and no recordings; `parity eval` records, scores and judges"
     if evidence.policy is Policy.QUANTIZED and check in _EXACT:
         return f"the {check} check refuses what the policy 'quantized' allows; lockstep and decode hold the budget"
     reference, candidate = roles_of(check)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity import documents, sequential
+from parity import documents, judge, sequential
 from parity.checks import accuracy
 from parity.checks.accuracy import Limits, OutputTokens
 from parity.documents import Documents
@@ -398,3 +398,10 @@ def test_repeated_documents_are_drawn_together_and_the_first_filter_counts() -> 
     assert clusters is not None
     assert clusters[7] == clusters[8] != clusters[9]
     assert len(documents.differences([one], [one])) == 30
+
+
+def test_a_comparison_of_recordings_sends_to_the_command_that_scores_them() -> None:
+    evidence = judge.Evidence(recordings={}, policy=Policy.EQUIVALENCE, limits={}, directories={})
+    reason = judge.why_not(evidence, "accuracy")
+    assert reason is not None
+    assert "`parity eval`" in reason
