@@ -181,6 +181,25 @@ def test_there_are_enough_documents_and_the_files_are_small() -> None:
     assert sum(path.stat().st_size for path in (FOLDER / "data").iterdir()) < 1_000_000
 
 
+def test_questions_are_read_from_worked_examples_and_long_ones_are_left_out() -> None:
+    pytest.importorskip("datasets")
+    question = "Q: Which is odd?\n(A) 2 (B) 4 (C) 5 (D) 8\nA: Let's think step by step. 5 is. The answer is (C)."
+    long = question.replace("Which", "Which one " * 20)
+    nothing = "Q: What is odd?\nA: 5 is."
+    found = script("local").mmlu_questions(
+        {"numbers": "\n\n".join(["Examples about numbers.", question, long, nothing])}
+    )
+    assert found == [
+        {
+            "id": "mmlu_dev-numbers-0",
+            "cluster": None,
+            "text": "Which is odd?",
+            "choices": ["2", "4", "5", "8"],
+            "gold": 2,
+        }
+    ]
+
+
 @pytest.mark.parametrize(
     ("number", "name"),
     [(7, "seven"), (40, "forty"), (95, "ninety-five"), (300, "three hundred"), (342, "three hundred and forty-two")],
