@@ -17,11 +17,13 @@ from parity.checks import accuracy
 from parity.documents import Documents
 from parity.lmeval import Tasks
 from parity.record import Recorder, Sequel
-from parity.recording import FinishReason, Recording
+from parity.recording import Recording
 from parity.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
-    from parity.config import Target
+    from pathlib import Path
+
+    from parity.config import Accuracy, Target
     from parity.evals import TaskRun
     from parity.prompts import Workload
     from parity.sequential import Monitor
@@ -38,6 +40,34 @@ class Evaluation:
     reference: tuple[TaskRun, ...]
     candidate: tuple[TaskRun, ...]
     verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What a target asks of both its engines: the documents of its tasks, by the reference's tokenizer."""
+
+    tasks: Tasks
+    workload: Workload
+    limit: int | None
+
+    @classmethod
+    def of(cls, asked: Accuracy, model: Path) -> Questions:
+        """Load the tasks.
+
+        Raises:
+            ConfigError, ProvisionError: As `lmeval.load_tasks` and `lmeval.workload_of`.
+        """
+        tasks = lmeval.load_tasks(asked.tasks, folder=asked.folder, model=model)
+        return cls(tasks=tasks, workload=lmeval.workload_of(tasks, limit=asked.limit), limit=asked.limit)
+
+    def score(self, recording: Recording, directory: Path) -> Path:
+        """Score a side's answers, write the samples beside its recording, and return that directory.
+
+        Raises:
+            ParityError: If an answer cannot be scored, or the samples cannot be written.
+        """
+        lmeval.save_samples(directory, lmeval.runs_of(self.tasks, recording, limit=self.limit))
+        return directory
 
 
 def evaluate(target: Target, recorder: Recorder, tasks: Tasks, *, limit: int | None) -> Evaluation:
@@ -60,7 +90,6 @@ def evaluate(target: Target, recorder: Recorder, tasks: Tasks, *, limit: int | N
         limits=limits,
         label_reference=ours.label,
         label_candidate=theirs.label,
-        output_tokens=_lengths(ours, [theirs]),
     )
     return Evaluation(reference=reference, candidate=candidate, verdict=verdict)
 
@@ -85,7 +114,7 @@ def evaluate_until_certain(target: Target, recorder: Recorder, tasks: Tasks, *, 
         clusters=known.clusters,
         margins_nats=known.margins_nats,
     )
-    drawing = _Drawing(tasks, reference, known.keys, monitor)
+    drawing = _Drawing(tasks, reference, known.keys, monitor, recorder.directory)
     names = [f"{CANDIDATE}-{number:02}" for number in range(1, len(drawing.batches) + 1)]
     jobs: dict[str, Workload | Sequel] = {
         name: lambda done, number=number: drawing.next(number, done)  # type: ignore[misc]
@@ -102,7 +131,6 @@ def evaluate_until_certain(target: Target, recorder: Recorder, tasks: Tasks, *, 
         limits=limits,
         label_reference=ours.label,
         label_candidate=next(iter(found.values())).label,
-        output_tokens=_lengths(ours, list(found.values())),
         sequential=monitor.state,
     )
     return Evaluation(reference=shared, candidate=candidate, verdict=verdict)
@@ -111,11 +139,14 @@ def evaluate_until_certain(target: Target, recorder: Recorder, tasks: Tasks, *, 
 class _Drawing:
     """The candidate's batches: what to ask next, and what the answers so far say."""
 
-    def __init__(self, tasks: Tasks, reference: Sequence[TaskRun], keys: Sequence[str], monitor: Monitor) -> None:
+    def __init__(
+        self, tasks: Tasks, reference: Sequence[TaskRun], keys: Sequence[str], monitor: Monitor, directory: Path
+    ) -> None:
         self.tasks = tasks
         self.reference = reference
         self.keys = keys
         self.monitor = monitor
+        self.directory = directory
         self.places = [
             (run.task, sample.doc_id)
             for run in reference
@@ -134,8 +165,9 @@ class _Drawing:
 
     def take(self, done: Mapping[str, Recording]) -> None:
         """Score what was answered since the last look."""
-        for number, recording in list(enumerate(done.values()))[len(self.answered) :]:
+        for number, (name, recording) in list(enumerate(done.items()))[len(self.answered) :]:
             runs = lmeval.runs_of(self.tasks, recording, documents=self._documents(number))
+            lmeval.save_samples(self.directory / name, runs)
             asked = {self.places[place] for place in self.batches[number].tolist()}
             ours = [_only(run, asked) for run in self.reference if any(task == run.task for task, _ in asked)]
             found = documents.differences(ours, runs)
@@ -167,17 +199,3 @@ def _joined(answered: Sequence[Sequence[TaskRun]], reference: Mapping[str, TaskR
             samples=tuple(sorted(samples, key=lambda s: (s.doc_id, s.filter))),
         )
     return tuple(whole.values())
-
-
-def _lengths(ours: Recording, theirs: Sequence[Recording]) -> accuracy.OutputTokens | None:
-    """Tokens of each generated answer, both sides in the same order; None where nothing was generated."""
-    pairs = [
-        (len(ours.by_id[c.id].token_ids), len(c.token_ids))
-        for recording in theirs
-        for c in recording.completions
-        if c.text is not None and c.id in ours.by_id and c.finish_reason is not FinishReason.ABORT
-    ]
-    if not pairs:
-        return None
-    left, right = zip(*pairs, strict=True)
-    return accuracy.OutputTokens(reference=left, candidate=right)

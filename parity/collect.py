@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from parity import hypotheses, judge, known, models, probes, properties, store, tensors
+from parity import accuracy, hypotheses, judge, known, lmeval, models, probes, properties, store, tensors
+from parity.accuracy import Questions
 from parity.checks import determinism
 from parity.config import Target, spread
 from parity.engines import EngineSpec
@@ -46,7 +47,8 @@ def collect(target: Target, recorder: Recorder, shelf: Shelf | None = None) -> E
     for check, table in target.limits.items():
         judge.limits_of(check, table, target.policy)
     accepted, why_not = _accepted(target, shelf)
-    evidence = _recorded(target, recorder, accepted)
+    questions = _questions(target, recorder)  # a wrong task, too
+    evidence = _recorded(target, recorder, accepted, questions)
     flagged = judge.flagged(evidence)
     confirmation = None
     if flagged and target.confirm is not None:
@@ -54,14 +56,22 @@ def collect(target: Target, recorder: Recorder, shelf: Shelf | None = None) -> E
             f"{', '.join(flagged)} flagged at the screening rate; recording fresh prompts to confirm"
         )
         fresh = replace(recorder, directory=recorder.directory / _CONFIRM)
-        confirmation = _recorded(_fresh(target, flagged), fresh, None)
+        confirmation = _recorded(_fresh(target, flagged), fresh, None, None)
     golden = None
     if accepted is not None and shelf is not None:
         held = {role: evidence.recordings[role] for role in ("candidate", _GOLDEN_SCORES)}
-        golden = _held_against(target, recorder, accepted, shelf, held)
+        golden = _held_against(target, recorder, accepted, shelf, held, evidence.scored.get(accuracy.CANDIDATE))
     elif why_not:
         recorder.observer.note(why_not)
-    return _sealed(target, recorder, evidence.recordings, confirmation=confirmation, golden=golden, no_golden=why_not)
+    return _sealed(
+        target,
+        recorder,
+        evidence.recordings,
+        scored=evidence.scored,
+        confirmation=confirmation,
+        golden=golden,
+        no_golden=why_not,
+    )
 
 
 def against_golden(target: Target, recorder: Recorder, shelf: Shelf) -> Evidence:
@@ -78,8 +88,24 @@ def against_golden(target: Target, recorder: Recorder, shelf: Shelf) -> Evidence
     known.read(shelf.root / known.FILE)  # a wrong line must not wait until everything is recorded
     workload = sent_as(target.workload, answers)
     asked: dict[str, Workload | Sequel] = {"candidate": workload, **_of_one_engine(target, "candidate", {})}
-    found = recorder.record(target.candidate, {**asked, _GOLDEN_SCORES: _golden_tokens(target, accepted)})
-    return _held_against(target, recorder, accepted, shelf, found)
+    asked[_GOLDEN_SCORES] = _golden_tokens(target, accepted)
+    questions = None if accepted.samples is None else _questions(target, recorder)
+    if questions is not None:
+        asked[accuracy.CANDIDATE] = questions.workload
+    found = recorder.record(target.candidate, asked)
+    answered = found.pop(accuracy.CANDIDATE, None)
+    scored = None
+    if questions is not None and answered is not None:
+        scored = questions.score(answered, recorder.directory / accuracy.CANDIDATE)
+    return _held_against(target, recorder, accepted, shelf, found, scored)
+
+
+def _questions(target: Target, recorder: Recorder) -> Questions | None:
+    """The documents of the target's tasks, where it names some."""
+    if target.accuracy is None:
+        return None
+    model = models.provide(target.reference.model, cache=recorder.places.models, report=recorder.observer.note)
+    return Questions.of(target.accuracy, model)
 
 
 def _accepted(target: Target, shelf: Shelf | None) -> tuple[Golden | None, str]:
@@ -117,7 +143,12 @@ def _golden_tokens(target: Target, accepted: Golden) -> Workload:
 
 
 def _held_against(
-    target: Target, recorder: Recorder, accepted: Golden, shelf: Shelf, found: Mapping[str, Recording]
+    target: Target,
+    recorder: Recorder,
+    accepted: Golden,
+    shelf: Shelf,
+    found: Mapping[str, Recording],
+    samples: Path | None,
 ) -> Evidence:
     """A run of its own beside the target's: the golden's recordings and copies of what is held against them."""
     directory = recorder.directory / _GOLDEN
@@ -130,11 +161,16 @@ def _held_against(
         for role in recordings:
             own = recorder.directory / (_GOLDEN_SCORES if role == "candidate-scores" else role)
             store.copy(accepted.directories.get(role, own), directory / role)
+        scored = {}
+        for role, source in ((accuracy.REFERENCE, accepted.samples), (accuracy.CANDIDATE, samples)):
+            if source is not None:
+                scored[role] = lmeval.copy_samples(source, directory / role)
     limits = {**accepted.learned_limits(), **target.limits}  # what the user has set wins
     return _sealed(
         replace(target, policy=_policy_of(target, recordings["reference"], found["candidate"]), limits=limits),
         replace(recorder, directory=directory),
         recordings,
+        scored=scored,
         accepted=True,
         known_lines=lines,
     )
@@ -183,11 +219,12 @@ def _fresh(target: Target, flagged: tuple[str, ...]) -> Target:
         structured=None,
         contract=False,
         laws=None,
+        accuracy=None,
         confirm=None,
     )
 
 
-def _recorded(target: Target, recorder: Recorder, accepted: Golden | None) -> Evidence:
+def _recorded(target: Target, recorder: Recorder, accepted: Golden | None, questions: Questions | None) -> Evidence:
     """The reference's tokenizer decides the prompt token ids; everybody else is sent those.
 
     Then the noise engine and the candidate score the reference's tokens, and the reference scores the candidate's, on
@@ -198,6 +235,8 @@ def _recorded(target: Target, recorder: Recorder, accepted: Golden | None) -> Ev
         jobs["logic-reference"] = target.logic
     if target.sampling is not None:
         jobs["sampled-reference"] = target.sampling
+    if questions is not None:
+        jobs[accuracy.REFERENCE] = questions.workload
     found = recorder.record(target.reference, {**jobs, **_of_one_engine(target, "reference", {})})
     reference = found["reference"]
     workload = sent_as(target.workload, reference)
@@ -205,6 +244,8 @@ def _recorded(target: Target, recorder: Recorder, accepted: Golden | None) -> Ev
     if target.sampling is not None:
         asked["sampled-candidate"] = sent_as(target.sampling, found["sampled-reference"])
     asked |= _of_one_engine(target, "candidate", found)
+    if questions is not None:
+        asked[accuracy.CANDIDATE] = questions.workload
     if accepted is not None:
         asked[_GOLDEN_SCORES] = _golden_tokens(target, accepted)
     prompts = target.lockstep.prompts
@@ -216,7 +257,8 @@ def _recorded(target: Target, recorder: Recorder, accepted: Golden | None) -> Ev
             wanted = forced(workload, reference, len(workload.requests)) if whole else scored
             found |= recorder.record(target.noise, {"noise": wanted})
         found |= recorder.record(target.candidate, {**asked, "candidate-scores": scored})
-        evidence = _sealed(target, recorder, found)
+        samples = {} if questions is None else _scored(questions, recorder, found)
+        evidence = _sealed(target, recorder, found, scored=samples)
         more = min(2 * prompts, target.lockstep.most, len(workload.requests))
         if more <= prompts or _lockstep(evidence) is not Outcome.INCONCLUSIVE:
             break
@@ -227,13 +269,21 @@ def _recorded(target: Target, recorder: Recorder, accepted: Golden | None) -> Ev
         found |= recorder.record(target.reference, {"reference-scores": answers})
     if target.logic is not None:
         found |= _logic(target, target.logic, recorder, found)
-    evidence = _sealed(target, recorder, found)
+    evidence = _sealed(target, recorder, found, scored=samples)
     if _lockstep(evidence) is not Outcome.FAIL:
         return evidence
     recorder.observer.note("lock step fails; asking the reference whether other prompts would explain it")
     scored = forced(workload, reference, _HYPOTHESIS_PROMPTS)
     found |= recorder.record(target.reference, hypotheses.workloads(scored))
-    return _sealed(target, recorder, found)
+    return _sealed(target, recorder, found, scored=samples)
+
+
+def _scored(questions: Questions, recorder: Recorder, found: Mapping[str, Recording]) -> dict[str, Path]:
+    """Both sides' answers as samples, beside their recordings."""
+    return {
+        role: questions.score(found[role], recorder.directory / role)
+        for role in (accuracy.REFERENCE, accuracy.CANDIDATE)
+    }
 
 
 def _lockstep(evidence: Evidence) -> Outcome | None:
@@ -314,6 +364,7 @@ def _sealed(  # noqa: PLR0913  what belongs to a run
     recorder: Recorder,
     found: Mapping[str, Recording],
     *,
+    scored: Mapping[str, Path] | None = None,
     confirmation: Evidence | None = None,
     golden: Evidence | None = None,
     no_golden: str = "",
@@ -326,6 +377,7 @@ def _sealed(  # noqa: PLR0913  what belongs to a run
         "policy": target.policy.value,
         "limits": target.limits,
         "recordings": list(found),
+        "scored": list(scored or {}),
         "confirmation": None if confirmation is None else _CONFIRM,
         "golden": None if golden is None else _GOLDEN,
         "no_golden": no_golden,
@@ -345,4 +397,5 @@ def _sealed(  # noqa: PLR0913  what belongs to a run
         no_golden=no_golden,
         accepted=accepted,
         known=known_lines,
+        scored=dict(scored or {}),
     )

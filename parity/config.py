@@ -31,7 +31,7 @@ _ENGINE_KEYS = ("engine", "model", "dtype", "quantization", "environment", "pyth
                 "options", "env")  # fmt: skip
 _TARGET_KEYS = ("description", "policy", "model", "workload", "confirm", "lockstep_prompts", "lockstep_prompts_max",
                 "reference", "candidate", "noise", "control", "logic", "sampling", "determinism", "structured",
-                "contract", "laws", "golden", "limits")  # fmt: skip
+                "contract", "laws", "accuracy", "golden", "limits")  # fmt: skip
 _WORKLOAD_KEYS = ("prompts", "take", "draws", "max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p")
 _WANTED = {
     int: "a whole number of at least 1",
@@ -62,6 +62,18 @@ class Laws:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Which lm-eval tasks both engines answer.
+
+    tasks: names, groups or tags of the YAML files below `folder`. limit: the first documents of each; None: all.
+    """
+
+    tasks: tuple[str, ...]
+    folder: Path
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What is judged: a candidate engine, against a reference engine, on a workload, by limits.
 
@@ -75,6 +87,7 @@ class Target:
     structured: prompts whose answers must follow a schema, an expression or a choice; or None.
     contract: whether each engine is probed for what it does with a request.
     laws: generated examples that the candidate must treat as any correct engine does; or None.
+    accuracy: tasks whose documents both engines answer, scored and judged in pairs; or None.
     confirm: fresh prompts on which a check that was flagged is judged once more; None where there are none.
     golden: whether the candidate is also held against what was accepted, see `parity.golden`.
     """
@@ -95,6 +108,7 @@ class Target:
     structured: Workload | None
     contract: bool
     laws: Laws | None
+    accuracy: Accuracy | None
     confirm: Workload | None
     golden: bool
     limits: Mapping[str, Mapping[str, Any]]
@@ -214,6 +228,7 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         structured=_extra(table, "structured", where, workloads, path),
         contract=_typed(table, "contract", bool, where, default=False),
         laws=_laws(table, where),
+        accuracy=_accuracy(table, where, path),
         confirm=_extra(table, "confirm", where, workloads, path),
         golden=_typed(table, "golden", bool, where, default=False),
         limits=limits,
@@ -245,6 +260,18 @@ def _laws(table: Mapping[str, Any], where: str) -> Laws | None:
         examples=_typed(table["laws"], "examples", int, where, default=48),
         seed=_typed(table["laws"], "seed", int, where, default=7),
     )
+
+
+def _accuracy(table: Mapping[str, Any], where: str, path: Path) -> Accuracy | None:
+    if "accuracy" not in table:
+        return None
+    where = f"{where} accuracy"
+    _known(table["accuracy"], ("tasks", "limit"), where)
+    tasks = tuple(_typed(table["accuracy"], "tasks", list, where, default=[]))
+    if not tasks:
+        raise ConfigError(f"{where} names no tasks; list at least one under 'tasks', such as 'parity_local'")
+    limit = _typed(table["accuracy"], "limit", int, where, default=None)
+    return Accuracy(tasks=tasks, folder=path.parent / "tasks", limit=limit)
 
 
 def _named_workload(table: Mapping[str, Any], where: str, workloads: Mapping[str, Any], path: Path) -> Workload:

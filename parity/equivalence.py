@@ -426,22 +426,18 @@ def _description(pair: Pair) -> Finding:
     """Percentiles in the manner of llama.cpp's KL tool, and the perplexity ratio with its error."""
     steps = pair.steps
     kl, delta = steps.kl_nats, np.abs(steps.delta_nats[~steps.broken])
-    sums, count = steps.per_prompt(np.where(steps.broken, 0.0, -steps.delta_nats)), steps.lengths
-    mean = float(sums.sum() / count.sum())
-    residual = sums - mean * count
-    m = len(count)
-    error = math.sqrt(m / max(m - 1, 1) * float((residual**2).sum())) / float(count.sum())
+    ratio, error = steps.perplexity_ratio
     same = 100 * (1 - float(steps.flipped.mean()))
     return _SHOWN(
         metric="description",
         outcome=Outcome.PASS,
         sentence=f"same most probable token {same:.2f} %; KL divergence {_quantiles(kl)}; change of log-probability "
-        f"{_quantiles(delta)}; perplexity of the candidate on the scored tokens {math.exp(min(mean, 50.0)):.4f} times "
-        f"the reference's (+- {math.exp(min(mean, 50.0)) * error:.4f}, one standard error by prompt)",
+        f"{_quantiles(delta)}; perplexity of the candidate on the scored tokens {ratio:.4f} times "
+        f"the reference's (+- {error:.4f}, one standard error by prompt)",
         unit="nats",
         candidate=float(kl.mean()),
         limit="shown, not judged",
-        n=m,
+        n=len(steps.lengths),
     )
 
 

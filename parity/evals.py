@@ -7,12 +7,24 @@ stay numbers. Standard library only.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import NoneType
 from typing import Any
 
 from parity.errors import RecordingError
 from parity.fingerprint import Scalar
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("task", "doc_hash", "prompt_hash", "target_hash", "filter", "target"), (str,)),
+    "doc_id": (int,),
+    "metrics": (dict,),
+    "cluster": (str, NoneType),
+    "margin_nats": (int, float, NoneType),
+    "output_tokens": (int, NoneType),
+}
+"""What each field of a sample holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +39,7 @@ class EvalSample:
     metrics: the document's own value of each metric, e.g. 0.0 or 1.0 for accuracy.
     cluster: documents of one cluster share a passage or a template and are not independent; None where it stands alone.
     margin_nats: how much more probable the best choice is than the second best; None where the task has no choices.
+    output_tokens: of all answers that were generated for the document; None where none was.
     """
 
     task: str
@@ -40,6 +53,7 @@ class EvalSample:
     metrics: Mapping[str, float]
     cluster: str | None
     margin_nats: float | None
+    output_tokens: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -47,8 +61,20 @@ class EvalSample:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EvalSample:
-        """Read what `to_json` wrote."""
-        return cls(**{**data, "response": tuple(data["response"])})
+        """Read what `to_json` wrote.
+
+        Raises:
+            TypeError: If a field holds something else.
+        """
+        found = cls(**{**data, "response": tuple(data["response"])})
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(found, name), kinds):
+                raise TypeError(f"its {name!r} is {reprlib.repr(getattr(found, name))}")
+        if not all(isinstance(value, (int, float)) for value in found.metrics.values()):
+            raise TypeError(f"its 'metrics' are {reprlib.repr(found.metrics)}")
+        if not all(isinstance(text, str) for text in found.response):
+            raise TypeError(f"its 'response' is {reprlib.repr(found.response)}")
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +125,19 @@ def from_json_lines(text: str) -> tuple[TaskRun, ...]:
     try:
         while lines[position]:
             head = json.loads(lines[position])
-            count = head.pop("samples")
+            count = _count(head.pop("samples"))
             following = lines[position + 1 : position + 1 + count]
             samples = tuple(EvalSample.from_json(json.loads(line)) for line in following)
             runs.append(TaskRun(**head, samples=samples))
             position += 1 + count  # beyond the end where the last samples are missing
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RecordingError(
             f"line {position + 1} of the samples does not begin a complete task ({error}); score the recording again"
         ) from error
     return tuple(runs)
+
+
+def _count(said: Any) -> int:
+    if not isinstance(said, int) or said < 0:
+        raise ValueError(f"it says that it has {reprlib.repr(said)} samples")
+    return said

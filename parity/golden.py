@@ -2,6 +2,7 @@
 
     golden/<target>/golden.json        metrics, noise, provenance, who accepted it and why, history; made to be reviewed
     golden/<target>/<role>-<digest>/   sealed recordings: `reference` the accepted answers, `noise` an arbiter's scores
+    golden/<target>/samples-<digest>.jsonl   scored documents of lm-eval tasks, where the target asks for accuracy
 
 `golden.json` is written last and at once, so whatever interrupts an acceptance leaves the golden that was there. The
 bulk of a recording (its log-probabilities) may live in a store of its own, named by content hash; see `blobs`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import math
 import re
 import shutil
@@ -21,8 +23,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from parity import blobs, config, golden_document, metrics, store
+from parity import blobs, config, evals, golden_document, lmeval, metrics, store
 from parity.errors import ConfigError, GoldenMissingError, IncomparableError, ParityError, RecordingError
+from parity.evals import TaskRun
 from parity.golden_document import RESTORE, Document, Entry, Facts
 from parity.metrics import Metric, Spread
 from parity.recording import FinishReason, Recording
@@ -40,9 +43,11 @@ class Golden(Document):
     """One accepted golden, verified.
 
     directories: its sealed recordings by role, readable by every command that takes a recording.
+    samples: the file of its scored documents, see `parity.evals`; None where it has none.
     """
 
     directories: Mapping[str, Path]
+    samples: Path | None
 
     @property
     def bulk(self) -> tuple[str, ...]:
@@ -76,12 +81,14 @@ class Acceptance:
     """What is to be accepted, and by whom.
 
     answers: a sealed recording's directory. arbiter: scores of these answers by a float32 engine, where the run has
-        them. outcomes: what the checks said of it, by check.
+        them. samples: the directory that holds the engine's scored documents, where the run has some.
+    outcomes: what the checks said of it, by check.
     """
 
     target: str
     answers: Path
     arbiter: Path | None
+    samples: Path | None
     outcomes: Mapping[str, Outcome]
     by: str
     reason: str
@@ -167,7 +174,8 @@ class Shelf:
             with contextlib.suppress(GoldenMissingError):
                 before = self.document(acceptance.target)
             entries = {role: self._shelve(folder, role, *source) for role, source in sources.items()}
-            text = golden_document.render(_body(acceptance, facts, entries, before))
+            scored = self._shelve_samples(folder, acceptance)
+            text = golden_document.render(_body(acceptance, facts, entries, scored, before))
             golden = self._verified(folder, golden_document.parse(text, where=where, target=acceptance.target))
             self.aside.mkdir(parents=True, exist_ok=True)
             name = f"{acceptance.target}-{'unfinished' if before is None else before.digest[:12]}-"
@@ -176,7 +184,7 @@ class Shelf:
                 shutil.copyfile(path, aside / FILE)
             store.write_whole(path, text)
             for left in sorted(folder.iterdir()):
-                if left.name not in {FILE, *(entry["directory"] for entry in entries.values())}:
+                if left.name not in {FILE, *(entry["directory"] for entry in entries.values()), *_named_file(scored)}:
                     shutil.move(left, aside / left.name)
             with contextlib.suppress(OSError):
                 aside.rmdir()  # nothing was superseded
@@ -189,7 +197,10 @@ class Shelf:
     def orphans(self, target: str) -> tuple[Path, ...]:
         """What lies in a target's folder and belongs to no golden: left by an interrupted acceptance."""
         with contextlib.suppress(ParityError):
-            named = {entry.directory for entry in self.document(target).recordings.values()}
+            document = self.document(target)
+            named = {entry.directory for entry in document.recordings.values()}
+            if document.scored is not None:
+                named.add(_samples_name(document.scored.sha256))
             return tuple(p for p in sorted(self.folder(target).iterdir()) if p.name not in {FILE, *named})
         return ()
 
@@ -226,16 +237,51 @@ class Shelf:
         scratch.rmdir()
         return {"digest": recording.digest, "directory": name, "files": files}
 
+    def _shelve_samples(self, folder: Path, acceptance: Acceptance) -> dict[str, Any] | None:
+        """Put the scored documents onto the shelf, under a name that is their content's."""
+        if acceptance.samples is None:
+            return None
+        content = evals.to_json_lines(lmeval.load_samples(acceptance.samples))
+        sha256 = hashlib.sha256(content.encode("ascii")).hexdigest()
+        store.write_whole(folder / _samples_name(sha256), content)
+        return {"bytes": len(content), "sha256": sha256}
+
+    def _scored(self, folder: Path, document: Document) -> tuple[Path | None, tuple[TaskRun, ...]]:
+        """The file of the scored documents, which are those that were accepted."""
+        if (said := document.scored) is None:
+            return None, ()
+        where, path = _named(folder / FILE), folder / _samples_name(said.sha256)
+        _require_own(path, where)
+        if not path.is_file():
+            raise GoldenMissingError(f"{where}: its scored documents {path.name} are missing; restore them from git")
+        if (size := path.stat().st_size) != said.size_bytes:
+            raise RecordingError(
+                f"{where}: {path.name} has {size} bytes, and {said.size_bytes} were accepted; {RESTORE}"
+            )
+        content = path.read_bytes()
+        if (sha256 := hashlib.sha256(content).hexdigest()) != said.sha256:
+            raise RecordingError(
+                f"{where}: {path.name} has the content {sha256[:12]}, and {said.sha256[:12]} was accepted; {RESTORE}"
+            )
+        try:
+            scored = evals.from_json_lines(content.decode("ascii"))
+            metrics.of_tasks(scored)
+        except (RecordingError, LookupError, ValueError, ArithmeticError) as error:  # made by hand, its hash made right
+            raise RecordingError(f"{where}: {path.name} holds no scored documents ({error}); {RESTORE}") from error
+        return path, scored
+
     def _verified(self, folder: Path, document: Document) -> Golden:
         """The golden with its recordings, which must give the numbers that it names."""
+        samples, scored = self._scored(folder, document)
         golden = Golden(
             **{field.name: getattr(document, field.name) for field in fields(document)},
             directories={role: self._complete(folder, role, entry) for role, entry in document.recordings.items()},
+            samples=samples,
         )
         where, answers = _named(folder / FILE), golden.recording("reference")
         arbiter = golden.recording("noise") if "noise" in golden.directories else None
         try:
-            facts = Facts.of(answers, arbiter)
+            facts = Facts.of(answers, arbiter, scored)
         except IncomparableError as error:
             raise RecordingError(f"{where}: its noise recording is of other answers ({error}); {RESTORE}") from error
         document.require_given(facts, where)
@@ -325,14 +371,21 @@ def _fit(acceptance: Acceptance) -> tuple[Recording, Recording | None, Facts]:
     if answers.workload.forced_from is not None:
         raise ConfigError(f"{where!r} holds scores of given tokens and no answers; accept the candidate's own answers")
     arbiter = None if acceptance.arbiter is None else store.read(acceptance.arbiter)
-    facts = Facts.of(answers, arbiter)
+    scored = () if acceptance.samples is None else lmeval.load_samples(acceptance.samples)
+    facts = Facts.of(answers, arbiter, scored)
     for name, metric in facts.metrics.items():
         if not math.isfinite(metric.value):
             raise ConfigError(f"{where!r} cannot be a yardstick: its {name} is {metric.value}; record again")
     return answers, arbiter, facts
 
 
-def _body(acceptance: Acceptance, facts: Facts, entries: Mapping[str, Any], before: Document | None) -> dict[str, Any]:
+def _body(
+    acceptance: Acceptance,
+    facts: Facts,
+    entries: Mapping[str, Any],
+    scored: Mapping[str, Any] | None,
+    before: Document | None,
+) -> dict[str, Any]:
     answers = entries["reference"]["digest"]
     return {
         "target": acceptance.target,
@@ -343,6 +396,7 @@ def _body(acceptance: Acceptance, facts: Facts, entries: Mapping[str, Any], befo
         **facts.to_json(),
         "outcomes": {check: outcome.value for check, outcome in acceptance.outcomes.items()},
         "recordings": entries,
+        **({} if scored is None else {golden_document.SAMPLES: scored}),
         "history": golden_document.remembered(before, facts, answers=answers, at=acceptance.at),
     }
 
@@ -368,6 +422,14 @@ def _require_own(path: Path, where: str) -> None:
         raise RecordingError(f"{where}: {str(path)!r} is a link, and a golden holds its own files; {RESTORE}")
     if path.suffix == ".json" and path.is_file() and (size := path.stat().st_size) > _MOST_JSON_BYTES:
         raise RecordingError(f"{where}: {str(path)!r} has {size} bytes, and may have {_MOST_JSON_BYTES}; {RESTORE}")
+
+
+def _samples_name(sha256: str) -> str:
+    return f"samples-{sha256[:12]}.jsonl"
+
+
+def _named_file(scored: Mapping[str, Any] | None) -> tuple[str, ...]:
+    return () if scored is None else (_samples_name(str(scored["sha256"])),)
 
 
 def _named(path: Path) -> str:

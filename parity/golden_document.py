@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from parity import metrics
 from parity import noise as noise_
 from parity.errors import RecordingError
+from parity.evals import TaskRun
 from parity.fingerprint import Scalar
 from parity.metrics import Metric
 from parity.prompts import sha256_of_json
@@ -23,6 +24,8 @@ from parity.recording import Recording
 
 SCHEMA = 1
 ROLES = ("reference", "noise")
+SAMPLES = "samples"
+"""The key of scored documents."""
 MOST_BYTES = 256 << 20
 """A golden's largest file. One of 134 prompts x 64 tokens takes 0.5 MB; what is larger than this is no golden."""
 _HISTORY = 64
@@ -69,7 +72,7 @@ class Facts:
     provenance: Mapping[str, Scalar]
 
     @classmethod
-    def of(cls, answers: Recording, arbiter: Recording | None) -> Facts:
+    def of(cls, answers: Recording, arbiter: Recording | None, scored: Sequence[TaskRun] = ()) -> Facts:
         """Compute them.
 
         Raises:
@@ -80,7 +83,15 @@ class Facts:
             measured = noise_.measure(answers, arbiter, candidate_dtype=noise_.dtype_of(answers))
         known = {**answers.fingerprint.identity, **answers.fingerprint.context}
         return cls(
-            metrics=dict(sorted({**metrics.of_answers(answers), **metrics.of_noise(measured)}.items())),
+            metrics=dict(
+                sorted(
+                    {
+                        **metrics.of_answers(answers),
+                        **metrics.of_noise(measured),
+                        **metrics.of_tasks(scored),
+                    }.items()
+                )
+            ),
             noise=None
             if measured is None
             else {
@@ -117,6 +128,7 @@ class Document:
     digest: what it says that its content is named by. content_digest: what its content gives; another where it was
         edited.
     outcomes: what the checks said of the run that was accepted, by check.
+    scored: the file of its scored documents; None where it has none.
     runs: accepted runs, oldest first: when, by which engine, and the value of each metric.
     """
 
@@ -132,6 +144,7 @@ class Document:
     noise: Mapping[str, Scalar] | None
     outcomes: Mapping[str, str]
     recordings: Mapping[str, Entry]
+    scored: File | None
     runs: tuple[Mapping[str, Scalar], ...]
 
     @property
@@ -251,6 +264,7 @@ def _document(data: Mapping[str, Any]) -> Document:
         noise=None if data.get("noise") is None else _table(data, "noise"),
         outcomes=_table(data, "outcomes"),
         recordings=recordings,
+        scored=None if data.get(SAMPLES) is None else _file(SAMPLES, _table(data, SAMPLES)),
         runs=tuple(_table({"history": run}, "history") for run in runs),
     )
 

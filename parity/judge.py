@@ -8,20 +8,22 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from parity import checks, comparable, diagnose, hypotheses, known, stages, store
+from parity import checks, comparable, diagnose, hypotheses, known, lmeval, lockstep, stages, store
 from parity import noise as noise_
+from parity import recovery as recovery_
 from parity.decision import Decision, decide
 from parity.diagnose import Diagnosis
 from parity.errors import ConfigError, GoldenMissingError, IncomparableError, ParityError, RecordingError
 from parity.known import Known
 from parity.noise import Noise
 from parity.recording import Recording
+from parity.recovery import Moved, Recovery
 from parity.verdict import Outcome, Policy, Verdict
 
 CHECKS = (
@@ -37,6 +39,7 @@ CHECKS = (
     "determinism",
     "structured",
     "laws",
+    "accuracy",
 )
 RUN = "run.json"
 _HELD_BYTES = 1 << 29  # beside the recording that is asked for
@@ -55,11 +58,12 @@ class Evidence:
     Roles: `reference` and `candidate` decode freely; `noise`, `candidate-scores` and `reference-scores` are scores of
     the other's tokens; `logic-` and `stepwise-` are the two engines in float32, `sampled-` their sampled answers.
     `determinism-`, `structured-`, `contract-` and `laws-` are what one engine answered to questions about itself;
-    `hypothesis-` are the reference's scores behind changed prompts.
+    `hypothesis-` are the reference's scores behind changed prompts; `accuracy-` the answers to the tasks' documents.
     directories: where each recording lies, by role, for the commands that reproduce a verdict.
     confirmation: the same on fresh prompts, where a check was flagged.
     golden: the candidate held against what was accepted, where the target asks for it; `no_golden` says why not.
     accepted: the reference is a golden's: its facts must match, and prompts of `known` divergences are left out.
+    scored: where the samples of a side's documents lie, by role; a golden keeps them without their recording.
     """
 
     recordings: Mapping[str, Recording]
@@ -71,6 +75,7 @@ class Evidence:
     no_golden: str = ""
     accepted: bool = False
     known: tuple[Known, ...] = ()
+    scored: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def reference(self) -> Recording:
@@ -108,11 +113,21 @@ def why_not(evidence: Evidence, check: str) -> str | None:
     Raises:
         ConfigError: If there is no such check.
     """
-    if not hasattr(checks.load(check), "check"):
-        return f"the {check} check judges scored documents and no recordings; `parity eval` records, scores and judges"
+    reference, candidate = roles_of(check)
+    if _judges_samples(check):
+        if {reference, candidate} <= set(evidence.scored):
+            return None
+        if evidence.accepted and reference not in evidence.scored:
+            return (
+                f"the {check} check needs scored documents, and this golden holds none; accept a run of the target "
+                f"that has them, with {check!r} in the target"
+            )
+        return (
+            f"the {check} check needs scored documents, which this run does not have; add 'accuracy' to the target, or "
+            "ask `parity eval`"
+        )
     if evidence.policy is Policy.QUANTIZED and check in _EXACT:
         return f"the {check} check refuses what the policy 'quantized' allows; lockstep and decode hold the budget"
-    reference, candidate = roles_of(check)
     alone = getattr(checks.load(check), "ALONE", False)
     for role in (candidate,) if alone else (reference, candidate):
         if role not in evidence.recordings:
@@ -168,7 +183,7 @@ def pair(reference: Path, candidate: Path, *, noise: Path | None) -> Evidence:
             directories |= {r: beside / r for r in run.roles if r not in _SCORES_OF and r not in _SIDES}
         else:  # what the candidate of that run said elsewhere says nothing about another candidate
             directories.pop("candidate-scores", None)
-            run = replace(run, confirmation=None)
+            run = replace(run, confirmation=None, scored={})
     if noise is not None:
         directories["noise"] = noise
     return _read(directories, run)
@@ -243,6 +258,32 @@ def concluded(evidence: Evidence, verdicts: Sequence[Verdict], could_not: Mappin
     )
 
 
+def recovery(evidence: Evidence) -> Recovery | None:
+    """What the candidate keeps of the reference's accuracy, beside how far its distributions moved.
+
+    None where no documents were scored, or they cannot be compared; whoever asks for that verdict is told why.
+    """
+    roles = roles_of("accuracy")
+    if not set(roles) <= set(evidence.scored):
+        return None
+    try:
+        limits = limits_of("accuracy", evidence.limits.get("accuracy", {}), evidence.policy)
+        ours, theirs = (lmeval.load_samples(evidence.scored[role]) for role in roles)
+        return recovery_.of(ours, theirs, tail=limits.alpha_pass, moved=_moved(evidence))
+    except ParityError:
+        return None
+
+
+def _moved(evidence: Evidence) -> Moved | None:
+    """None where lock step cannot be measured, which must not keep the table from being shown."""
+    try:
+        floor = None if evidence.noise is None else evidence.noise.floor_nats
+        scores = evidence.recordings.get("candidate-scores")
+        return None if scores is None else recovery_.moved(lockstep.measure(evidence.reference, scores), floor)
+    except ParityError:
+        return None
+
+
 def flagged(evidence: Evidence) -> tuple[str, ...]:
     """The checks that screening flags and that only fresh prompts can decide."""
     found = []
@@ -283,12 +324,14 @@ def _ask(evidence: Evidence, check: str, alpha: float | None) -> Verdict:
     if (reason := why_not(evidence, check)) is not None:
         raise IncomparableError(reason)
     limits = limits_of(check, evidence.limits.get(check, {}), evidence.policy)
+    if _judges_samples(check):
+        if not evidence.accepted:
+            return _of_samples(evidence, check, limits)
+        _require_facts_of_golden(evidence, check, evidence.reference, evidence.candidate)
+        return _of_golden(evidence, _of_samples(evidence, check, limits))
     ours, theirs = (evidence.recordings.get(role) for role in roles_of(check))
     if evidence.accepted and ours is not None and theirs is not None:
-        required = getattr(module, "REQUIRES", ())
-        if evidence.policy is Policy.QUANTIZED:  # another quantization is other weights
-            required = tuple(name for name in required if name != "model.weights_sha256")
-        comparable.require_same_facts(ours, theirs, required)
+        _require_facts_of_golden(evidence, check, ours, theirs)
         ours, theirs = (_without(recording, evidence.known) for recording in (ours, theirs))
     verdict: Verdict = module.check(
         ours, theirs, noise=evidence.noise, limits=limits if alpha is None else limits.at(alpha)
@@ -296,6 +339,30 @@ def _ask(evidence: Evidence, check: str, alpha: float | None) -> Verdict:
     if check in _BY_NOISE:
         verdict = replace(verdict, basis=(_measured_by(evidence.noise),))
     return _of_golden(evidence, verdict) if evidence.accepted and ours is not None else verdict
+
+
+def _require_facts_of_golden(evidence: Evidence, check: str, ours: Recording, theirs: Recording) -> None:
+    required = getattr(checks.load(check), "REQUIRES", ())
+    if evidence.policy is Policy.QUANTIZED:  # another quantization is other weights
+        required = tuple(name for name in required if name != "model.weights_sha256")
+    comparable.require_same_facts(ours, theirs, required)
+
+
+def _judges_samples(check: str) -> bool:
+    """Whether a check judges scored documents rather than recordings."""
+    return hasattr(checks.load(check), "judge_tasks")
+
+
+def _of_samples(evidence: Evidence, check: str, limits: Any) -> Verdict:
+    ours, theirs = (lmeval.load_samples(evidence.scored[role]) for role in roles_of(check))
+    verdict: Verdict = checks.load(check).judge_tasks(
+        ours,
+        theirs,
+        limits=limits,
+        label_reference=evidence.reference.label,
+        label_candidate=evidence.candidate.label,
+    )
+    return verdict
 
 
 def _without(recording: Recording, known: Sequence[Known]) -> Recording:
@@ -317,11 +384,11 @@ def _of_golden(evidence: Evidence, verdict: Verdict) -> Verdict:
 
 def _measured_by(noise: Noise | None) -> str:
     """The yardstick, and where it comes from."""
-    if noise is None or noise.scores is None or noise.steps is None:
+    floor = None if noise is None else noise.floor_nats
+    if noise is None or noise.scores is None or floor is None:
         return "documented noise of one 135M model on a CPU; this target measures none"
     context = noise.scores.fingerprint.context
     where = context.get("gpu.0.name") or context.get("host.cpu", "unknown hardware")
-    floor = float(noise.steps.kl_nats.mean()) * noise.sides
     return (
         f"sigma {noise.sigma_nats:.3g} nats and a KL floor of {floor:.3g} nats a token, measured on {noise.positions} "
         f"positions of {noise.prompts} prompts ({noise.source}, {where}, {noise.scores.created_at})"
@@ -377,6 +444,7 @@ def _read(directories: Mapping[str, Path], run: _Run) -> Evidence:
         no_golden=run.no_golden,
         accepted=run.accepted,
         known=run.known,
+        scored=run.scored,
     )
 
 
@@ -392,6 +460,7 @@ class _Run:
     no_golden: str = ""
     accepted: bool = False
     known: tuple[Known, ...] = ()
+    scored: Mapping[str, Path] = field(default_factory=dict)
 
 
 def _run(path: Path) -> _Run:
@@ -410,6 +479,7 @@ def _run(path: Path) -> _Run:
             no_golden=str(run.get("no_golden", "")),
             accepted=bool(run.get("accepted", False)),
             known=known.from_json(run.get("known", [])),
+            scored={str(role): path.parent / str(role) for role in run.get("scored", [])},
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"{str(path)!r}, which holds the limits to judge by, is damaged; record again") from error

@@ -17,6 +17,7 @@ Pure; whole recordings at once, in chunks that stay in the processor's cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +81,15 @@ class Steps:
     def lengths(self) -> NDArray[np.int64]:
         """Positions of each prompt, int64 [m]."""
         return np.diff(self.starts)
+
+    @property
+    def perplexity_ratio(self) -> tuple[float, float]:
+        """The candidate's perplexity on the scored tokens by the reference's, and one standard error by prompt."""
+        sums, count = self.per_prompt(np.where(self.broken, 0.0, -self.delta_nats)), self.lengths
+        mean, m = float(sums.sum() / count.sum()), len(count)
+        ratio = math.exp(min(mean, 50.0))
+        spread = math.sqrt(m / max(m - 1, 1) * float(((sums - mean * count) ** 2).sum()))
+        return ratio, ratio * spread / float(count.sum())
 
     def place(self, position: int) -> tuple[str, int]:
         """The prompt and the token within its answer, for a position in [0, T)."""

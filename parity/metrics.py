@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parity.evals import TaskRun
 from parity.noise import Noise
 from parity.recording import Completion, FinishReason, Recording
 from parity.stats import student_t_quantile
@@ -104,6 +105,15 @@ def learned_ratio(values: Sequence[float]) -> float | None:
     deviation = float(np.std(np.log(values), ddof=1))
     limit = math.exp(student_t_quantile(0.999, len(values) - 1) * math.sqrt(2.0) * deviation)
     return float(f"{min(max(limit, 1.05), 1.5):.{_DIGITS}g}")
+
+
+def of_tasks(runs: Sequence[TaskRun]) -> dict[str, Metric]:
+    """The mean of each task's judged metric over its documents, under its first filter; by metric name."""
+    found = {}
+    for run in runs:
+        first = [s.metrics[run.metric] for s in run.samples if s.filter == run.samples[0].filter]
+        found[f"{run.metric} on {run.task}"] = _metric(sum(first) / len(first), "mean of documents", len(first))
+    return found
 
 
 def _metric(value: float, unit: str, n: int) -> Metric:

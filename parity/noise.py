@@ -43,6 +43,11 @@ class Noise:
     scores: Recording | None = None
     steps: Steps | None = None
 
+    @property
+    def floor_nats(self) -> float | None:
+        """KL divergence a token that rounding alone gives the judged pair; None where it was not measured."""
+        return None if self.steps is None else float(self.steps.kl_nats.mean()) * self.sides
+
 
 def measure(reference: Recording, scored: Recording, *, candidate_dtype: str) -> Noise:
     """Measure sigma from the noise engine's scores of the reference's own tokens.

@@ -217,7 +217,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         line = f"{row['parity_outcome']:<12}  {row['parity_check']:<{width}}  {row['parity_headline']}"
         terminalreporter.write_line(line, green=row["parity_outcome"] == "PASS", red=row["parity_outcome"] == "FAIL")
     judged = config.stash[_JUDGED]
-    for line in (*_diagnoses(judged), *_reports(judged, config.stash[_OPTIONS])):
+    for line in (*_diagnoses(judged), *_recoveries(judged), *_reports(judged, config.stash[_OPTIONS])):
         terminalreporter.write_line(line)
     for row in found:
         if row["parity_outcome"] != "FAIL":  # what failed was printed in full above, as the failure's own text
@@ -237,6 +237,22 @@ def _diagnoses(judged: Sequence[tuple[Evidence, Verdict]]) -> list[str]:
         said = judge.diagnosis(evidence, [v for e, v in judged if e is evidence])
         if said is not None:
             lines += ["", terminal.diagnosis(said)]
+    return lines
+
+
+def _recoveries(judged: Sequence[tuple[Evidence, Verdict]]) -> list[str]:
+    """What is kept of the accuracy, for each comparison whose accuracy was judged."""
+    if not any(verdict.check == "accuracy" for _, verdict in judged):
+        return []
+    from parity import judge  # noqa: PLC0415
+    from parity.reports import terminal  # noqa: PLC0415
+
+    lines: list[str] = []
+    for evidence in {id(e): e for e, v in judged if v.check == "accuracy"}.values():
+        if (found := judge.recovery(evidence)) is not None:
+            of = "the golden of " * evidence.accepted
+            about = f"accuracy that {evidence.candidate.label} keeps of {of}{evidence.reference.label}:"
+            lines += ["", about, terminal.recovery(found)]
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from parity import models, store, vocabulary
+from parity import judge, models, store, vocabulary
 from parity.judge import Conclusion, Evidence
 from parity.recording import Recording
 from parity.reports import html, markdown, tabular
@@ -33,6 +33,7 @@ def summary_of(
         candidate=evidence.candidate,
         scores=evidence.recordings.get("candidate-scores"),
         noise=evidence.noise,
+        recovery=judge.recovery(evidence),
         reproduce=reproduce,
         token_text=token_text,
     )

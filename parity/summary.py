@@ -20,6 +20,7 @@ from parity.fingerprint import Difference, Scalar, differences
 from parity.lockstep import Steps
 from parity.noise import Noise, dtype_of
 from parity.recording import Recording
+from parity.recovery import Recovery
 from parity.verdict import Finding, Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Summary:
 
     first_divergences: token index of the first divergence of each prompt that diverges.
     packages: what changed between the two environments. facts: every other recorded fact that differs.
+    recovery: what is kept of the reference's accuracy; None where no documents were scored.
     reproduce: commands that give the verdicts again.
     """
 
@@ -98,6 +100,7 @@ class Summary:
     prompts: tuple[PromptDifference, ...]
     packages: tuple[Difference, ...]
     facts: tuple[Difference, ...]
+    recovery: Recovery | None
     reproduce: tuple[str, ...]
 
 
@@ -112,6 +115,7 @@ def summarise(  # noqa: PLR0913  a comparison has this many parts
     candidate: Recording,
     scores: Recording | None,
     noise: Noise | None,
+    recovery: Recovery | None,
     reproduce: Sequence[str],
     token_text: TokenText,
 ) -> Summary:
@@ -147,6 +151,7 @@ def summarise(  # noqa: PLR0913  a comparison has this many parts
         prompts=(*most_telling_first(prompts), *(p for p in prompts if not p.differs)),
         packages=differences(ours.packages, theirs.packages),
         facts=tuple(d for d in facts if not _NEW_AT_EVERY_START.fullmatch(d.name)),
+        recovery=recovery,
         reproduce=tuple(reproduce),
     )
 

@@ -15,6 +15,7 @@ from parity.differences import Answer, Choice, PromptDifference, compare
 from parity.divergence import Kind
 from parity.fingerprint import Difference
 from parity.recording import FinishReason
+from parity.recovery import Moved, Recovery, Row
 from parity.summary import Side, Summary
 
 ANY_TEXT = st.text(st.characters(categories=None), max_size=60)
@@ -38,6 +39,21 @@ def answer(text: str = "one two", **changes: Any) -> Answer:
     top = (choice(7, " two", -0.5), choice(8, " three", -1.0), choice(9, None, -3.0))
     plain = Answer(text=text, common=0, tokens=2, finish_reason=FinishReason.LENGTH, chosen=top[0], top=top)
     return replace(plain, **changes)
+
+
+def recovery(name: str = "parity_facts") -> Recovery:
+    """Two tasks, one of them lost a little, and distributions that moved."""
+    row = Row(name=name, n=60, reference=0.75, candidate=0.7, recovery=0.7 / 0.75, interval=(0.85, 1.01), lost=4, won=1)
+    nothing = replace(row, name=f"{name} 2", reference=0.0, recovery=None, interval=None, lost=0)
+    moved = Moved(
+        kl_nats=0.01,
+        floor_nats=0.001,
+        same_choice=0.98,
+        perplexity_ratio=1.02,
+        perplexity_error=0.003,
+        tokens=500,
+    )
+    return Recovery(tasks=(row, nothing), total=replace(row, name="all tasks", n=120), confidence=0.9, moved=moved)
 
 
 def difference(reference: Answer | None = None, candidate: Answer | None = None, **changes: Any) -> PromptDifference:
@@ -88,5 +104,6 @@ def _failed() -> Summary:
         prompts=compare(reference, candidate, scores=None, scale_sigma_nats=SIGMA, token_text=lambda i: f" t{i}"),
         packages=(Difference(name="vllm", reference="0.31.0", candidate="0.32.0"),),
         facts=(Difference(name="engine.attention", reference=None, candidate="sdpa"),),
+        recovery=recovery(),
         reproduce=("parity compare a b",),
     )

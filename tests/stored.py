@@ -144,6 +144,7 @@ class Project:
             target=name,
             answers=save(source, made or self.recording()),
             arbiter=None,
+            samples=None,
             outcomes={"greedy": Outcome.PASS},
             by="Ada",
             reason="the first one",

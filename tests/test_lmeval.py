@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -19,12 +20,12 @@ import lm_eval
 import numpy as np
 import pytest
 import tokenizers
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
 
+import accuracy_cases
+from lmeval_cases import BOS, CHOICE, EOS, write_model
+from lmeval_cases import write_task as write_task_into
 from parity import evals, lmeval
 from parity.errors import ConfigError, EngineError, ProvisionError, RecordingError
 from parity.evals import EvalSample, TaskRun
@@ -36,32 +37,6 @@ from parity.recording import Completion, FinishReason, Recording, TokenLogprobs,
 from recordings import completion, recording
 
 ROOT = Path(__file__).parent.parent
-BOS, EOS = 256, 257
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-DATA = """
-import json, pathlib
-from datasets import Dataset
-
-def documents(*, file, **_):
-    lines = (pathlib.Path(__file__).parent / file).read_text("utf-8").splitlines()
-    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
-
-def prefer(document, results):
-    return {"length": float(len(results[0]))}
-"""
-CHOICE: Mapping[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{q}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "gold",
-    "metric_list": [
-        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
-    ],
-}
 ANSWER: Mapping[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "{{q}}",
@@ -80,26 +55,7 @@ ANSWERS = [{"q": f" {n} + 1 =", "a": str(n + 1), "cluster": f"tens-{n // 10}"} f
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token a byte, and a beginning-of-sequence token that the tokenizer adds by itself."""
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-def write_model(folder: Path, **settings: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    tokenizer.enable_padding(length=64)
-    tokenizer.enable_truncation(max_length=4)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": CHAT, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    numbers = {"max_position_embeddings": 256, "bos_token_id": BOS, "eos_token_id": [EOS, 0]}
-    (folder / "config.json").write_text(json.dumps(numbers))
-    return folder
 
 
 def text_of(ids: Sequence[int], model: Path) -> str:
@@ -112,25 +68,7 @@ Write = Callable[..., Path]
 @pytest.fixture
 def write_task(tmp_path: Path) -> Write:
     """Writes a task file with its data and returns the folder."""
-
-    def write(name: str, rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any], **changes: Any) -> Path:
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / "data.py").write_text(DATA)
-        config = {
-            "task": name,
-            "test_split": "test",
-            "dataset_kwargs": {"file": f"{name}.jsonl"},
-            "num_fewshot": 0,
-            "metadata": {"version": 2},
-            **base,
-            **changes,
-        }
-        config = {key: value for key, value in config.items() if value is not None}
-        body = "custom_dataset: !function data.documents\n" if "dataset_path" not in config else ""
-        (tmp_path / f"{name}.yaml").write_text(body + yaml.safe_dump(config))
-        return tmp_path
-
-    return write
+    return partial(write_task_into, tmp_path)
 
 
 def loaded(folder: Path, model: Path, *names: str, **options: Any) -> Tasks:
@@ -197,6 +135,7 @@ SAMPLES = st.builds(
     metrics=st.dictionaries(st.text(), NUMBERS, max_size=2),
     cluster=st.none() | st.text(),
     margin_nats=st.none() | NUMBERS,
+    output_tokens=st.none() | st.integers(0, 10**6),
 )
 RUNS = st.builds(
     TaskRun,
@@ -232,10 +171,45 @@ def test_samples_that_were_cut_short_are_never_read_as_fewer(runs: tuple[TaskRun
     assert found == runs[: len(found)], "only whole tasks may be left"
 
 
-def test_damaged_samples_are_refused() -> None:
-    for text in ("no json\n", '{"task": "t"}\n', '["a list"]\n', '{"task": "t", "samples": 1}\n'):
-        with pytest.raises(RecordingError, match="line 1 of the samples"):
-            evals.from_json_lines(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json\n",
+        "[" * 100_000 + "\n",
+        '{"task": "t"}\n',
+        '["a list"]\n',
+        '{"task": "t", "samples": 1}\n',
+        '{"task": "t", "samples": -1}\n',
+        '{"task": "t", "samples": "1"}\n',
+    ],
+)
+def test_damaged_samples_are_refused(text: str) -> None:
+    with pytest.raises(RecordingError, match="line 1 of the samples"):
+        evals.from_json_lines(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metrics", []),
+        ("metrics", {"acc": "1"}),
+        ("metrics", {"acc": None}),
+        ("doc_id", "7"),
+        ("doc_hash", 7),
+        ("response", [7]),
+        ("response", 7),
+        ("cluster", 7),
+        ("margin_nats", "1.5"),
+        ("output_tokens", 1.5),
+        ("unheard of", 1),
+    ],
+)
+def test_samples_that_hold_something_else_are_refused(field: str, value: object) -> None:
+    """Nobody seals them, so anybody may have edited them."""
+    head, sample, end = evals.to_json_lines([accuracy_cases.run("t", [1.0])]).split("\n")
+    edited = json.dumps({**json.loads(sample), field: value})
+    with pytest.raises(RecordingError, match="line 1 of the samples does not begin a complete task"):
+        evals.from_json_lines("\n".join([head, edited, end]))
 
 
 def test_samples_lie_beside_a_recording(tmp_path: Path, model: Path, write_task: Write) -> None:
@@ -530,7 +504,7 @@ def test_a_chat_with_system_prompt_and_examples(model: Path, write_task: Write) 
 def test_an_answer_is_greedy_unless_its_task_says_how_it_samples() -> None:
     """Without a temperature vLLM would sample at 1."""
     plain = sampling_of({"until": ["\n", ""], "max_gen_toks": 5}, draw=3, where="t")
-    assert plain == replace(SamplingParams.greedy(max_tokens=5, logprobs=20), stop=("\n",))
+    assert plain == replace(SamplingParams.greedy(max_tokens=5, logprobs=1), stop=("\n",))
     for said in ({"do_sample": False, "temperature": 0.8}, {"do_sample": True, "temperature": 0.0}):
         assert sampling_of(said, draw=0, where="t").is_greedy
     sampled = sampling_of({"temperature": 0.8, "top_p": 0.9, "top_k": 5, "num_beams": 1}, draw=3, where="t")

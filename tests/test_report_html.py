@@ -29,7 +29,7 @@ from parity.fingerprint import Difference
 from parity.reports import html
 from parity.summary import Effect, PositionBin, Side, Summary
 from parity.verdict import Finding, Outcome, Verdict
-from report_cases import HOSTILE, answer, choice, difference, identical, summary
+from report_cases import HOSTILE, answer, choice, difference, identical, recovery, summary
 
 EFFECT = Effect(check="lockstep", metric="KL divergence", value=0.5, low=0.25, high=0.75, passed=True)
 BIN = PositionBin(start=0, stop=8, prompts=3, mean_nats=1e-3, error_nats=1e-4, floor_nats=2e-3)
@@ -165,6 +165,7 @@ def hostile(texts: list[str]) -> tuple[Summary, list[str]]:
         prompts=(difference(ours, theirs, id=text(), prompt=text()), identical(text())),
         packages=changed(),
         facts=changed(),
+        recovery=recovery(text()),
         reproduce=(text(),),
     )
     return found, used

@@ -74,6 +74,7 @@ def summary_of(
         candidate=candidate,
         scores=scores,
         noise=measured,
+        recovery=None,
         reproduce=("parity compare a b",),
         token_text=lambda token_id: None if token_id == 0 else f" t{token_id}",
     )

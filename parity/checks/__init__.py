@@ -8,6 +8,9 @@ A check is one file in this folder that defines
     Limits                         a frozen dataclass of its thresholds, each with its source
     check(reference, candidate, *, noise, limits) -> Verdict
 
+    judge_tasks(reference, candidate, *, limits, ...) in the place of `check`, where what is judged are the scored
+                                   documents of both roles, see `parity.evals`
+
 and is pure: it is handed recordings and returns a verdict; no files, clock, network or processes. Checks never import
 each other; what all must ask first is in `parity.comparable`.
 """

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity import fingerprint
+from parity.comparable import MODEL
 from parity.documents import Part, pair_up, pooled
 from parity.evals import EvalSample, TaskRun
 from parity.paired import (
@@ -33,6 +34,9 @@ from parity.paired import (
 from parity.sequential import State
 from parity.stats import log_ratio
 from parity.verdict import Finding, Outcome, Policy, Verdict, worst
+
+ROLES = ("accuracy-reference", "accuracy-candidate")
+REQUIRES = MODEL
 
 _WITNESSES = 5
 _EXCERPT = 60
@@ -79,28 +83,19 @@ class Limits:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputTokens:
-    """How many tokens each generated answer has; both sides in the same order. Shapes: [N]."""
-
-    reference: Sequence[int]
-    candidate: Sequence[int]
-
-
-def judge_tasks(  # noqa: PLR0913  what belongs to a judgement
+def judge_tasks(
     reference: Sequence[TaskRun],
     candidate: Sequence[TaskRun],
     *,
     limits: Limits,
     label_reference: str,
     label_candidate: str,
-    output_tokens: OutputTokens | None = None,
     sequential: State | None = None,
 ) -> Verdict:
     """Judge a candidate's accuracy against a reference's.
 
-    output_tokens: of the answers that were generated, where there are any. sequential: what the monitor says that
-    decided when to stop; the tasks are then not judged one by one, since nobody chose when to stop for their sake.
+    sequential: what the monitor says that decided when to stop; the tasks are then not judged one by one, since nobody
+    chose when to stop for their sake.
 
     Raises:
         IncomparableError: If the two did not answer the same documents of the same tasks, or a score is missing.
@@ -109,7 +104,7 @@ def judge_tasks(  # noqa: PLR0913  what belongs to a judgement
     pool = [part for part in parts if part.is_first and part.in_points]
     drawn = [] if sequential is None else [_drawn(pool, sequential, limits)]
     deciding, single = (drawn, []) if drawn else _judged(parts, pool, limits)
-    lengths = [] if output_tokens is None else [_output_length(output_tokens, limits)]
+    lengths = _output_length(parts, limits)
     # A task that is too small to pass by itself does not keep the pool from passing.
     judged = [*deciding, *(f for f in single if f.outcome is Outcome.FAIL), *lengths]
     outcome = worst([f.outcome for f in judged])
@@ -120,7 +115,8 @@ def judge_tasks(  # noqa: PLR0913  what belongs to a judgement
         candidate=label_candidate,
         outcome=outcome,
         headline=_headline(deciding[0], judged, outcome),
-        findings=(*deciding, *single, *lengths),
+        # What is too small to say anything by itself is named in a warning, and has its row in the table of recoveries.
+        findings=(*deciding, *(f for f in single if f.outcome is not Outcome.INCONCLUSIVE), *lengths),
         causes=_causes(parts) if lost else (),
         changed=_changed(reference, candidate),
         warnings=tuple(_warnings(parts, single, limits)),
@@ -255,9 +251,20 @@ def _short(texts: Sequence[str]) -> str:
     return repr(text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "...")
 
 
-def _output_length(tokens: OutputTokens, limits: Limits) -> Finding:
-    ratio = log_ratio(tokens.candidate, tokens.reference)
-    n, band = len(tokens.reference), f"{limits.shortest_ratio:g} to {limits.longest_ratio:g}"
+def _output_length(parts: Sequence[Part], limits: Limits) -> list[Finding]:
+    """Of the documents whose answers both sides generated; none where there are no such."""
+    lengths = [
+        (ours.output_tokens, theirs.output_tokens)
+        for part in parts
+        if part.is_first
+        for ours, theirs in part.pairs
+        if ours.output_tokens is not None and theirs.output_tokens is not None
+    ]
+    if not lengths:
+        return []
+    reference, candidate = zip(*lengths, strict=True)
+    ratio = log_ratio(candidate, reference)
+    n, band = len(lengths), f"{limits.shortest_ratio:g} to {limits.longest_ratio:g}"
     finding = Finding(
         metric="output length",
         outcome=Outcome.INCONCLUSIVE,
@@ -272,19 +279,20 @@ def _output_length(tokens: OutputTokens, limits: Limits) -> Finding:
         evidence=(),
     )
     if ratio is None or n < limits.min_answers:
-        return finding
+        return [finding]
     tail = (1.0 - limits.confidence) / 2
     low, high = ratio.lower(tail), ratio.upper(tail)
     outside = high < limits.shortest_ratio or low > limits.longest_ratio
     within = limits.shortest_ratio <= low and high <= limits.longest_ratio
     said = "outside" if outside else "inside" if within else "too wide to be sure it is inside"
-    return replace(
+    judged = replace(
         finding,
         outcome=Outcome.FAIL if outside else Outcome.PASS,
         sentence=f"{ratio.value:.3f} times as many tokens as the reference over {n} generated answers "
         f"({limits.confidence:.0%} interval {low:.3f} to {high:.3f}, {said} {band})",
         candidate=ratio.value,
     )
+    return [judged]
 
 
 # About the verdict ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def add(verbs: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from parity import accuracy, config, judge, lmeval, models, paired  # noqa: PLC0415
+    from parity import accuracy, config, judge, lmeval, models, paired, recovery  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
     from parity.reports import terminal  # noqa: PLC0415
@@ -48,4 +48,8 @@ def _eval(options: argparse.Namespace) -> int:
         run = accuracy.evaluate_until_certain if options.sequential else accuracy.evaluate
         found = run(target, recorder, tasks, limit=options.limit)
     say(terminal.render(found.verdict))
+    kept = recovery.of(found.reference, found.candidate, tail=limits.alpha_pass, moved=None)
+    if kept is not None and not options.sequential:  # drawn by their margins, documents are no fair share of a task
+        say("")
+        say(terminal.recovery(kept))
     return EXIT_OF[found.verdict.outcome]

@@ -135,6 +135,7 @@ def _acceptance(options: argparse.Namespace, evidence: Evidence, directory: Path
         target=name,
         answers=directory / "candidate",
         arbiter=directory / "reference-scores" if exact else None,
+        samples=evidence.scored.get("accuracy-candidate"),
         outcomes={v.check: v.outcome for v in found.verdicts},
         by=options.by or _who(),
         reason=options.reason,

@@ -156,6 +156,9 @@ def _concluded(options: argparse.Namespace, evidence: Evidence, *, title: str, n
     say(terminal.table(conclusion.verdicts))
     for check, reason in conclusion.could_not.items():
         say(f"could not judge {check}: {reason}")
+    if (kept := judge.recovery(evidence)) is not None:
+        say("")
+        say(terminal.recovery(kept))
     say("")
     for line in terminal.sides(evidence.reference, evidence.candidate):
         say(line)

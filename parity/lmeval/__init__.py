@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from parity.fingerprint import Scalar
     from parity.lmeval.model import Asking
 
-__all__ = ["SAMPLES", "Prompting", "Tasks", "load_samples", "load_tasks", "runs_of", "save_samples", "workload_of"]
+__all__ = [
+    "SAMPLES",
+    "Prompting",
+    "Tasks",
+    "copy_samples",
+    "load_samples",
+    "load_tasks",
+    "runs_of",
+    "save_samples",
+    "workload_of",
+]
 
 SAMPLES = "samples.jsonl"
 """What `save_samples` writes beside a recording."""
@@ -159,7 +169,7 @@ def runs_of(
     for name, wanted in _chosen(tasks, limit, documents).items():
         task = tasks.loaded[name]
         asked = _ask(tasks, name, wanted, answered)
-        samples, metric, higher_is_better = scoring.score(task, asked)
+        samples, metric, higher_is_better = scoring.score(task, asked, answered.output_tokens)
         run = TaskRun(
             task=name,
             version=str(task.VERSION),
@@ -189,17 +199,32 @@ def save_samples(directory: Path, runs: Sequence[TaskRun]) -> Path:
     return path
 
 
+def copy_samples(source: Path, directory: Path) -> Path:
+    """Put samples, from their file or the directory that holds it, into another directory, and return that.
+
+    Raises:
+        RecordingError: If they cannot be read or written.
+    """
+    samples = evals.from_json_lines(_text(source if source.is_file() else source / SAMPLES))
+    directory.mkdir(parents=True, exist_ok=True)
+    save_samples(directory, samples)
+    return directory
+
+
 def load_samples(directory: Path) -> tuple[TaskRun, ...]:
     """Read what `save_samples` wrote; needs no lm-eval.
 
     Raises:
         RecordingError: If it is missing or was cut short.
     """
-    path = directory / SAMPLES
+    return evals.from_json_lines(_text(directory / SAMPLES))
+
+
+def _text(path: Path) -> str:
     try:
-        return evals.from_json_lines(path.read_text("ascii"))
-    except OSError as error:
-        raise RecordingError(f"the samples {str(path)!r} cannot be read ({error.strerror})") from error
+        return path.read_text("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordingError(f"the samples {str(path)!r} cannot be read ({error})") from error
 
 
 def _chosen(

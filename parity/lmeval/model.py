@@ -21,8 +21,8 @@ from parity.lmeval.tokenizer import HostTokenizer
 from parity.prompts import Prompt, Request, SamplingParams
 from parity.recording import Completion, FinishReason, Recording
 
-_TOP = 20
-"""Log-probabilities kept with each token; the first says whether a token was the greedy one."""
+_TOP = 1
+"""Log-probabilities kept with each token: whether it was the greedy one. More cost an engine time."""
 _MAX_TOKENS = 256
 """Of an answer whose task does not say; lm-eval's own default."""
 _SCORED = SamplingParams.greedy(max_tokens=1, logprobs=_TOP)
@@ -38,6 +38,8 @@ _PASSED_ON: Mapping[str, Callable[[Any], float]] = {
 _Question: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...] | SamplingParams]"
 Score: TypeAlias = "tuple[float, bool]"
 """The log-probability of a continuation in nats, and whether greedy decoding would have chosen it."""
+Answer: TypeAlias = "tuple[str, int]"
+"""A generated text and its number of tokens."""
 
 
 class Asking(TemplateLM):  # type: ignore[misc]  # Any to the type checker
@@ -50,6 +52,8 @@ class Asking(TemplateLM):  # type: ignore[misc]  # Any to the type checker
         super().__init__()
         self.tokenizer = tokenizer
         self.max_positions = max_positions
+        self.output_tokens: Counter[tuple[str, int]] = Counter()
+        """Generated tokens of each document, by task and number."""
         self._asked: Counter[tuple[str, int]] = Counter()
 
     @abstractmethod
@@ -57,8 +61,8 @@ class Asking(TemplateLM):  # type: ignore[misc]  # Any to the type checker
         """The score of the request's forced tokens."""
 
     @abstractmethod
-    def generated(self, request: Request) -> str:
-        """The text that answers a request."""
+    def generated(self, request: Request) -> Answer:
+        """What answers a request."""
 
     @property
     def eot_token_id(self) -> int | None:
@@ -125,7 +129,9 @@ class Asking(TemplateLM):  # type: ignore[misc]  # Any to the type checker
             sampling = sampling_of(settings, draw=repeats[id(instance)], where=_where(instance))
             repeats[id(instance)] += 1
             context = self.tok_encode(text) or [self.prefix_token_id]
-            answers.append(self.generated(self._request(instance, context, sampling)))
+            answer, tokens = self.generated(self._request(instance, context, sampling))
+            self.output_tokens[instance.task_name, instance.doc_id] += tokens
+            answers.append(answer)
         return answers
 
     def _score(self, instance: Any, context: Sequence[int], continuation: Sequence[int]) -> Score:
@@ -170,10 +176,10 @@ class Listening(Asking):
         self._heard.setdefault(_question(request), request)
         return -1.0, False
 
-    def generated(self, request: Request) -> str:
+    def generated(self, request: Request) -> Answer:
         """Nothing is known yet."""
         self._heard.setdefault(_question(request), request)
-        return ""
+        return "", 0
 
 
 class Answered(Asking):
@@ -204,11 +210,11 @@ class Answered(Asking):
             raise EngineError(f"{self._label} returned no most probable token for request {request.id!r}")
         return math.fsum(chosen), all(row[0][0] == token for row, token in zip(leaders, forced, strict=True))
 
-    def generated(self, request: Request) -> str:
+    def generated(self, request: Request) -> Answer:
         """The engine's own text."""
-        text = self._find(request).text
-        assert text is not None, "only forced requests have answers without a text"
-        return text
+        found = self._find(request)
+        assert found.text is not None, "only forced requests have answers without a text"
+        return found.text, len(found.token_ids)
 
     def _find(self, request: Request) -> Completion:
         found = self._answers.get(_question(request))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,20 @@ _CORPUS_ONLY = frozenset({"f1", "mcc"})
 """Have no value for a single document."""
 
 
-def score(task: Any, asked: Sequence[Sequence[Any]]) -> tuple[tuple[EvalSample, ...], str, bool]:
+def score(
+    task: Any, asked: Sequence[Sequence[Any]], output_tokens: Mapping[tuple[str, int], int]
+) -> tuple[tuple[EvalSample, ...], str, bool]:
     """The samples of a task, the metric that is judged (its first), and whether more of it is better.
 
-    asked: each document's requests, answered.
+    asked: each document's requests, answered. output_tokens: of the documents with generated answers, by task and
+        number.
 
     Raises:
         ConfigError: If a metric fails, or the judged one has no value for a single document.
     """
     with harness(f"task {task.config.task!r} cannot be scored"):
         task.apply_filters()
-        samples = [sample for requests in asked for sample in _samples(task, requests)]
+        samples = [sample for requests in asked for sample in _samples(task, requests, output_tokens)]
     judged = next((m for m in [*task.aggregation(), *samples[0].metrics] if m in samples[0].metrics), None)
     if judged is None or any(judged not in sample.metrics for sample in samples):
         raise ConfigError(
@@ -61,7 +64,7 @@ def require_right_answer(task: Any, document: Any, number: int) -> None:
             )
 
 
-def _samples(task: Any, requests: Sequence[Any]) -> Iterator[EvalSample]:
+def _samples(task: Any, requests: Sequence[Any], output_tokens: Mapping[tuple[str, int], int]) -> Iterator[EvalSample]:
     """One for each filter. Hashes are those of lm-eval's own sample files."""
     first = requests[0]
     target = task.doc_to_target(first.doc)
@@ -88,6 +91,7 @@ def _samples(task: Any, requests: Sequence[Any]) -> Iterator[EvalSample]:
             metrics=metrics,
             cluster=None if cluster is None else str(cluster),
             margin_nats=margin,
+            output_tokens=output_tokens.get((first.task_name, first.doc_id)),
         )
 
 

@@ -81,6 +81,7 @@ _QUESTIONS = {
     "sampling": "Does each engine draw its tokens as it was asked to?",
     "determinism": "Asked the same again, alone, in other company or from its cache, does it answer the same?",
     "structured": "Do answers follow the schema, expression or choice they must follow?",
+    "accuracy": "On the same documents of the same tasks, does the candidate get as many right?",
     "laws": "On generated prompts and settings, is kept what any correct engine keeps?",
 }
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from parity.differences import Answer, Choice, PromptDifference, meaning, most_telling_first, tally, visible
 from parity.fingerprint import Difference
 from parity.recording import FinishReason
+from parity.recovery import Row
 from parity.summary import Summary
 from parity.verdict import Finding, Outcome, Verdict
 
@@ -86,11 +87,28 @@ def _heads(summary: Summary) -> Iterator[str]:
     yield _table(("side", "engine", "recorded"), [(name, side.label, side.created_at) for name, side in sides])
     if summary.verdicts:
         yield _table(("outcome", "check", "result"), [(v.outcome.value, v.check, v.headline) for v in summary.verdicts])
+    if (recovery := summary.recovery) is not None:
+        yield "**Accuracy kept:**\n\n"
+        rows = [*recovery.tasks, *([recovery.total] if len(recovery.tasks) > 1 else [])]
+        yield _table(
+            ("task", "documents", "reference", "candidate", "recovery", f"{recovery.confidence:.0%} interval", "lost",
+             "won"),
+            [_kept(row) for row in rows],
+        )  # fmt: skip
+        if (moved := recovery.moved) is not None:
+            yield f"{_inline(moved.sentence)}\n\n"
     yield f"**Answers:** {_inline(tally(summary.prompts))}\n\n"
     yield from _changes("package", summary.packages)
     yield from _changes("recorded fact", summary.facts)
     if summary.reproduce:
         yield "To reproduce:\n\n" + _fenced("\n".join(summary.reproduce), "sh")
+
+
+def _kept(row: Row) -> tuple[str, ...]:
+    between = "" if row.interval is None else f"{row.interval[0]:.1%} to {row.interval[1]:.1%}"
+    recovery = "" if row.recovery is None else f"{row.recovery:.2%}"
+    shares = f"{row.reference:.4f}", f"{row.candidate:.4f}"
+    return (row.name, str(row.n), *shares, recovery, between, str(row.lost), str(row.won))
 
 
 def _changes(what: str, found: Sequence[Difference]) -> Iterator[str]:

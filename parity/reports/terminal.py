@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from parity.comparable import first_difference
 from parity.decision import Decision
 from parity.diagnose import Diagnosis
+from parity.differences import visible
 from parity.fingerprint import Difference
 from parity.probes import Probe
 from parity.recording import Recording
+from parity.recovery import Recovery
 from parity.verdict import Finding, Outcome, Verdict
 
 _WIDTH = 118
@@ -59,6 +61,28 @@ def diagnosis(found: Diagnosis) -> str:
     lines = _wrapped(f"cause ({found.confidence.value}): {found.sentence}", "", hang=2)
     for witness in found.evidence:
         lines += _wrapped(witness, "  - ", hang=0)
+    return "\n".join(lines)
+
+
+def recovery(found: Recovery) -> str:
+    """The table of what is kept, a line a task, then all together, then how far the distributions moved."""
+    rows = [*found.tasks, *([found.total] if len(found.tasks) > 1 else [])]
+    names = [visible(row.name) for row in rows]
+    width = max(len("task"), *map(len, names))
+    interval = f"{found.confidence:.0%} interval"
+    lines = [
+        f"{'task':<{width}}  {'documents':>9}  {'reference':>9}  {'candidate':>9}  {'recovery':>9}  {interval:>18}  "
+        f"{'lost':>4}  {'won':>4}"
+    ]
+    for name, row in zip(names, rows, strict=True):
+        kept = "-" if row.recovery is None else f"{row.recovery:.2%}"
+        between = "-" if row.interval is None else f"{row.interval[0]:.1%} to {row.interval[1]:.1%}"
+        lines.append(
+            f"{name:<{width}}  {row.n:>9}  {row.reference:>9.4f}  {row.candidate:>9.4f}  {kept:>9}  {between:>18}  "
+            f"{row.lost:>4}  {row.won:>4}"
+        )
+    if (moved := found.moved) is not None:
+        lines += _wrapped(moved.sentence, "")
     return "\n".join(lines)
 
 
