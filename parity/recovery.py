@@ -14,6 +14,9 @@ from parity.evals import TaskRun
 from parity.lockstep import Steps
 from parity.paired import Outcomes
 
+_COVERED = 0.95
+"""From less on a KL divergence is called a lower bound."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -38,12 +41,14 @@ class Row:
 class Moved:
     """How far the candidate's distributions are from the reference's, on the reference's tokens.
 
-    kl_nats: a token; floor_nats: what rounding alone does, where it was measured. same_choice: the share of tokens
+    kl_nats: a token, a lower bound where `covered`, the share of the reference's probability on tokens that both sides
+        kept, is far from 1. floor_nats: what rounding alone does, where it was measured. same_choice: the share of tokens
         whose most probable one is the same. perplexity_ratio: the candidate's by the reference's, with one standard
         error by prompt.
     """
 
     kl_nats: float
+    covered: float
     floor_nats: float | None
     same_choice: float
     perplexity_ratio: float
@@ -55,7 +60,8 @@ class Moved:
         """All of it for a person."""
         floor = "" if self.floor_nats is None else f" (rounding alone: {self.floor_nats:.2g})"
         return (
-            f"on {self.tokens} tokens of the reference: KL divergence {self.kl_nats:.3g} nats a token{floor}, the same "
+            f"on {self.tokens} tokens of the reference: KL divergence {'' if self.covered > _COVERED else 'at least '}"
+            f"{self.kl_nats:.3g} nats a token{floor}, the same "
             f"most probable token on {self.same_choice:.2%}, perplexity {self.perplexity_ratio:.4f} times the "
             f"reference's (+- {self.perplexity_error:.4f})"
         )
@@ -97,6 +103,7 @@ def moved(steps: Steps, floor_nats: float | None) -> Moved:
     ratio, error = steps.perplexity_ratio
     return Moved(
         kl_nats=float(steps.kl_nats.mean()),
+        covered=float(steps.covered.mean()),
         floor_nats=floor_nats,
         same_choice=1.0 - float(steps.flipped.mean()),
         perplexity_ratio=ratio,
@@ -115,7 +122,7 @@ def _row(name: str, parts: Sequence[Part], tail: float) -> Row:
         reference=ours,
         candidate=theirs,
         recovery=theirs / ours if ours > 0.0 else None,
-        interval=((ours - high) / ours, (ours - low) / ours) if ours > 0.0 else None,
+        interval=(max(0.0, (ours - high) / ours), (ours - low) / ours) if ours > 0.0 else None,
         lost=int((x > 0).sum()),
         won=int((x < 0).sum()),
     )

@@ -13,10 +13,15 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from parity import environments
+from parity.environments import Environment
 
 DRILL = Path(__file__).parent / "faults" / "engines" / "drill.py"
 PATIENCE_S = 30.0
@@ -53,6 +58,24 @@ def counting_engine(directory: Path) -> Path:
         "    return _open(spec, model)\n"
     )
     return path
+
+
+def lock_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment "here" that is built and leads to a bare interpreter, so that an equal recording is used again."""
+
+    def find(name: str, *, locks: Sequence[Path], root: Path) -> Environment:
+        assert name == "here"
+        return Environment(
+            name=name,
+            lock=locks[0] / "here.txt",
+            digest="0123456789abcdef",
+            directory=root / "here",
+            python=Path(bare_interpreter()),
+            built=True,
+            packages=(),
+        )
+
+    monkeypatch.setattr(environments, "find", find)
 
 
 def starts(directory: Path) -> int:
@@ -127,6 +150,14 @@ class Suite:
         return sum(path.read_bytes().count(b"\n") - 1 for path in self.run.glob("partial/*/completions.jsonl"))
 
 
+def interruptible() -> dict[str, Any]:
+    """A terminal's process group, with Ctrl-C not ignored as in a shell's background job."""
+    return {
+        "start_new_session": True,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+
+
 @dataclass(frozen=True)
 class Result:
     """How a command ended."""
@@ -164,9 +195,9 @@ def inline(value: object) -> str:
     return json.dumps(value)
 
 
-def wait_until(happened: Callable[[], object], what: str) -> None:
+def wait_until(happened: Callable[[], object], what: str, *, patience_s: float = PATIENCE_S) -> None:
     """Wait for something that must happen."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not happened():
         assert time.monotonic() < deadline, f"{what} did not happen"
         time.sleep(0.01)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accuracy_cases
 from lockstep_cases import ROUNDING, World
-from parity import golden, store
+from parity import golden, lmeval, store
+from parity.evals import TaskRun
 from parity.golden import Acceptance, Shelf
 from parity.prompts import sha256_of_json
 from parity.recording import Recording
@@ -53,6 +55,15 @@ def acceptance(directory: Path, *, seed: int = 7, arbiter: bool = True, **change
         at="2026-11-24T12:00:00Z",
     )
     return replace(found, **changes)
+
+
+def scored(directory: Path, *, seed: int = 7, runs: Sequence[TaskRun] | None = None, **changes: Any) -> Acceptance:
+    """The same run with scored documents: by default thirty of one task, of which `seed` are wrong."""
+    found = acceptance(directory, seed=seed, **changes)
+    beside = directory / "accuracy-candidate"
+    beside.mkdir(exist_ok=True)
+    lmeval.save_samples(beside, runs or [accuracy_cases.run("arc", [0.0] * seed + [1.0] * (30 - seed))])
+    return replace(found, samples=beside)
 
 
 def shelf_in(directory: Path, *, elsewhere: str | None = None) -> Shelf:

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from golden_cases import acceptance, shelf_in
+from golden_cases import scored, shelf_in
 
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -23,7 +23,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def accept(directory: Path, place: Path, *, stored: bool) -> None:
     """What is killed: run 2 takes the place of run 1, whose log-probabilities may move into a store."""
     shelf = shelf_in(place, elsewhere=str(place / "store") if stored else None)
-    shelf.accept(acceptance(directory / "run-2", seed=2))
+    shelf.accept(scored(directory / "run-2", seed=2))
 
 
 def _killed(directory: Path, place: Path, number: int, *, stored: bool) -> bool:

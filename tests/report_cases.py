@@ -47,6 +47,7 @@ def recovery(name: str = "parity_facts") -> Recovery:
     nothing = replace(row, name=f"{name} 2", reference=0.0, recovery=None, interval=None, lost=0)
     moved = Moved(
         kl_nats=0.01,
+        covered=0.99,
         floor_nats=0.001,
         same_choice=0.98,
         perplexity_ratio=1.02,

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ from drills import (
     bare_interpreter,
     counting_engine,
     finish,
+    interruptible,
+    lock_here,
     make_model,
     starts,
     wait_until,
     wait_until_gone,
     workers_of,
 )
-from parity import environments, store
+from parity import store
 from parity.engines import EngineSpec
-from parity.environments import Environment
 from parity.errors import ParityError, ProvisionError, RecordingError
 from parity.prompts import Prompt, Request, SamplingParams, Workload
 from parity.record import Places, Recorder
@@ -115,14 +116,6 @@ def suite(tmp_path: Path) -> Suite:
 def answers(recording: Recording) -> list[dict[str, object]]:
     """Everything but the timing."""
     return [{k: v for k, v in c.to_json().items() if k != "timing"} for c in recording.completions]
-
-
-def interruptible() -> dict[str, Any]:
-    """A terminal's process group, with Ctrl-C not ignored as in a shell's background job."""
-    return {
-        "start_new_session": True,
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
 
 
 # An engine that fails ----------------------------------------------------------------------------------------------
@@ -552,20 +545,7 @@ def test_another_models_content_starts_a_recording_of_its_own(bench: Bench) -> N
 @pytest.fixture
 def locked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A bench with an environment "here" that is built and leads to this interpreter."""
-
-    def find(name: str, *, locks: Sequence[Path], root: Path) -> Environment:
-        assert name == "here"
-        return Environment(
-            name=name,
-            lock=locks[0] / "here.txt",
-            digest="0123456789abcdef",
-            directory=root / "here",
-            python=Path(bare_interpreter()),
-            built=True,
-            packages=(),
-        )
-
-    monkeypatch.setattr(environments, "find", find)
+    lock_here(monkeypatch)
     return bench
 
 

@@ -158,17 +158,18 @@ def test_from_no_golden_to_an_accepted_one_to_a_damaged_one(pytester: pytest.Pyt
     suite = Suite(pytester.path).write(prompts=33, target={"golden": True})
     shutil.copy(SHIPPED, suite.root / "suites" / "test_against_golden.py")
     result = pytester.runpytest("suites")
-    result.assert_outcomes(failed=4)
+    result.assert_outcomes(failed=5)
     text = text_of(result)
     assert "target 'drill' has no golden: " in text
     assert "parity record drill && parity accept drill --reason TEXT" in text
     places = ("--suites", "suites", "--home", ".parity")
     assert cli.main(["accept", "drill", "--reason", "the first one", "--yes", *places]) == 0
-    result = pytester.runpytest("suites")
-    result.assert_outcomes(passed=4)
+    result = pytester.runpytest("suites", "-rs")
+    result.assert_outcomes(passed=4, skipped=1)
     result.stdout.fnmatch_lines(["PASS          golden lockstep  *"])
+    assert "the accuracy check needs scored documents, and this golden holds none; accept a run of" in text_of(result)
     golden = suite.root / "golden" / "drill" / "golden.json"
     golden.write_text(golden.read_text()[:100])
     result = pytester.runpytest("suites")
-    result.assert_outcomes(failed=4)
+    result.assert_outcomes(failed=5)
     assert "golden.json' is truncated or no golden" in text_of(result)

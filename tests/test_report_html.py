@@ -246,6 +246,38 @@ def test_every_summary_renders_with_its_decision_first(advice: Advice, changes: 
     assert re.match(rf"Dated \S+\s+{advice.value}\s+(The|It) [a-z' ]+: this is why\.\s+first\s+second\s", body)
 
 
+def test_the_table_of_what_is_kept_has_a_row_for_all_tasks_and_one_a_task() -> None:
+    page = rendered()
+    assert (
+        flat(page.text).count(
+            "taskdocumentsreferencecandidaterecoveryrangelostwon "
+            "all tasks1200.75000.700093.33 %85.0 to 101.0 %41 "
+            "parity_facts600.75000.700093.33 %85.0 to 101.0 %41 "
+            "parity_facts 2600.00000.700001 "
+        )
+        == 1
+    )
+    assert "90 % sure" in page.text
+    assert (
+        "How far the candidate's probabilities moved, on 500 tokens of the reference: KL divergence 0.01" in page.text
+    )
+    assert "Nothing was measured" not in page.text
+
+
+def test_one_task_is_all_tasks() -> None:
+    two = recovery()
+    page = rendered(recovery=replace(two, tasks=two.tasks[:1], moved=None))
+    assert "parity_facts600.7500" in page.text
+    assert "all tasks" not in page.text
+    assert "probabilities moved" not in page.text
+
+
+def test_without_scored_documents_there_is_no_such_table() -> None:
+    page = rendered(recovery=None, first_divergences=())
+    assert "How much accuracy is kept?" not in page.text
+    assert "Nothing was measured" in page.text
+
+
 @pytest.mark.parametrize("kind", list(Kind))
 def test_every_kind_of_difference_has_its_words(kind: Kind) -> None:
     page = rendered(prompts=(difference(kind=kind, position=None if kind is Kind.IDENTICAL else 1),))

@@ -19,7 +19,7 @@ from parity.recording import FinishReason
 from parity.reports import markdown
 from parity.summary import Summary
 from parity.verdict import Outcome
-from report_cases import HOSTILE, answer, choice, difference, identical, summary
+from report_cases import HOSTILE, answer, choice, difference, identical, recovery, summary
 
 READER = MarkdownIt("commonmark").enable("table")
 SHOWN_AS_IT_IS = "\n\t\u200d\u200c"
@@ -88,6 +88,9 @@ def test_the_parts_come_in_the_order_of_their_weight() -> None:
         "**Cause (likely):** a wrong mask",
         "| reference | transformers 5.19.0 float32 |",
         "| FAIL | greedy |",
+        "**Accuracy kept:**",
+        "| task | documents | reference | candidate | recovery | 90% interval | lost | won |",
+        "on 500 tokens of the reference: KL divergence 0.01 nats a token",
         "**Answers:** 4 prompts: 1 the same, 3 differ",
         "**What changed:** 1 package\n",
         "| vllm | 0.31.0 | 0.32.0 |",
@@ -101,6 +104,21 @@ def test_the_parts_come_in_the_order_of_their_weight() -> None:
     ]
     places = [report.index(part) for part in parts]
     assert places == sorted(places)
+
+
+def test_the_table_of_what_is_kept_has_a_row_a_task_and_one_for_all() -> None:
+    rows = [
+        "| parity&#95;facts | 60 | 0.7500 | 0.7000 | 93.33% | 85.0% to 101.0% | 4 | 1 |",
+        "| parity&#95;facts 2 | 60 | 0.0000 | 0.7000 |  |  | 0 | 1 |",
+        "| all tasks | 120 | 0.7500 | 0.7000 | 93.33% | 85.0% to 101.0% | 4 | 1 |",
+    ]
+    assert "\n".join(rows) + "\n\non 500 tokens" in markdown.render(summary())
+    two = recovery()
+    one = markdown.render(summary(recovery=replace(two, tasks=two.tasks[:1], moved=None)))
+    assert rows[0] in one
+    assert "all tasks" not in one
+    assert "500 tokens" not in one
+    assert "Accuracy kept" not in markdown.render(summary(recovery=None))
 
 
 def test_a_check_that_did_not_pass_is_unfolded_with_its_limits_and_one_that_passed_is_not() -> None:
@@ -165,7 +183,7 @@ def test_many_changes_are_folded() -> None:
 
 
 def test_an_empty_summary_is_still_a_report() -> None:
-    bare = summary(verdicts=(), prompts=(), packages=(), facts=(), reproduce=(), diagnosis=None)
+    bare = summary(verdicts=(), prompts=(), packages=(), facts=(), reproduce=(), diagnosis=None, recovery=None)
     report = markdown.render(replace(bare, decision=replace(bare.decision, evidence=())))
     assert report.startswith("## HOLD: do not upgrade")
     assert "0 prompts: 0 the same, none differs" in report
@@ -189,9 +207,9 @@ def test_no_text_breaks_its_fence(prompt: str, ours: str, theirs: str) -> None:
 
 
 @settings(max_examples=40)
-@given(words=st.lists(HOSTILE, min_size=8, max_size=8))
+@given(words=st.lists(HOSTILE, min_size=9, max_size=9))
 def test_no_sentence_becomes_markup(words: Sequence[str]) -> None:
-    title, sentence, evidence, cause, headline, name, token, id_ = words
+    title, sentence, evidence, cause, headline, name, token, task, id_ = words
     (verdict,) = summary().verdicts
     finding = replace(verdict.findings[0], sentence=sentence, limit=cause, evidence=(evidence,), outcome=Outcome.FAIL)
     shown = summary(
@@ -200,18 +218,19 @@ def test_no_sentence_becomes_markup(words: Sequence[str]) -> None:
         verdicts=(replace(verdict, headline=headline, causes=(cause,), findings=(finding,), warnings=(title,)),),
         packages=(Difference(name=name, reference=token, candidate="2"),),
         prompts=(difference(answer("one two", chosen=choice(1, token, -0.5)), id=id_),),
+        recovery=recovery(task),
     )
     report = markdown.render(shown)
     assert html(report) == []
     plain = texts(report)
-    for text in (title, evidence, cause, headline, name, token):
+    for text in (title, evidence, cause, headline, name, token, task):
         assert any(visible(text).strip() in line for line in plain)
     assert plain[0] == f"HOLD: {visible(sentence).strip()}".strip()
     assert f'► "{visible(token)}"'.strip() in plain
     kinds = [token_.type for token_ in parsed(report)]
     assert kinds.count("heading_open") == 1
     assert kinds.count("fence") == 4
-    assert kinds.count("table_open") == 4 + 1
+    assert kinds.count("table_open") == 5 + 1
     assert kinds.count("ordered_list_open") == kinds.count("blockquote_open") == kinds.count("hr") == 0
     assert kinds.count("code_block") == 0
 

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from greedy_cases import BENIGN, judged, many, recordings_of, verdicts
+from parity.differences import visible
 from parity.fingerprint import Difference
 from parity.reports import terminal
 from parity.verdict import Finding, Outcome, Verdict
 from recordings import completion, recording
+from report_cases import HOSTILE, recovery
 
 REPORTS = Path(__file__).parent / "data" / "reports"
 VERDICTS = verdicts()
@@ -165,3 +167,36 @@ def test_sides_say_who_and_on_what() -> None:
     assert ", tiny, ? x?, recorded" in terminal.describe(reference)
     one = recording([completion(token_ids=[30])])
     assert terminal.sides(one, one)[2].startswith("workload: tests, 1 prompt, 1 candidate token, at most 64 each")
+
+
+# What is kept of the accuracy ---------------------------------------------------------------------------------------
+
+
+def test_the_table_of_what_is_kept_word_for_word() -> None:
+    assert terminal.recovery(recovery()).splitlines() == [
+        "task            documents  reference  candidate   recovery        90% interval  lost   won",
+        "parity_facts           60     0.7500     0.7000     93.33%     85.0% to 101.0%     4     1",
+        "parity_facts 2         60     0.0000     0.7000          -                   -     0     1",
+        "all tasks             120     0.7500     0.7000     93.33%     85.0% to 101.0%     4     1",
+        "on 500 tokens of the reference: KL divergence 0.01 nats a token (rounding alone: 0.001), the same most "
+        "probable token",
+        "on 98.00%, perplexity 1.0200 times the reference's (+- 0.0030)",
+    ]
+
+
+def test_one_task_is_all_tasks() -> None:
+    two = recovery()
+    assert terminal.recovery(replace(two, tasks=two.tasks[:1], moved=None)).splitlines() == [
+        "task          documents  reference  candidate   recovery        90% interval  lost   won",
+        "parity_facts         60     0.7500     0.7000     93.33%     85.0% to 101.0%     4     1",
+    ]
+
+
+@given(name=HOSTILE)
+def test_no_name_of_a_task_breaks_its_line_or_reaches_the_terminal_as_a_command(name: str) -> None:
+    text = terminal.recovery(replace(recovery(name), moved=None))
+    head, first, second, total = text.split("\n")
+    assert first.startswith(f"{visible(name)} ")
+    assert second.startswith(visible(f"{name} 2"))
+    assert all(line.isprintable() for line in (head, first, second, total))
+    assert len({len(line) for line in (head, first, second, total)}) == 1

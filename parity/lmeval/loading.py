@@ -10,11 +10,13 @@ import difflib
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.api.task
+import lm_eval.utils
 import numpy as np
 import yaml
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -77,10 +79,12 @@ def _quietly() -> Iterator[None]:
     """With lm-eval's own fixed seeds for what tasks draw at random, and without its bars and remarks."""
     random_state, numpy_state = random.getstate(), np.random.get_state()
     bar, bars = lm_eval.api.task.tqdm, not datasets.are_progress_bars_disabled()
+    from_string = lm_eval.utils.env.from_string
     levels = {log: log.level for log in map(logging.getLogger, ("lm_eval", "datasets", "huggingface_hub"))}
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     lm_eval.api.task.tqdm = _no_bar
+    lm_eval.utils.env.from_string = _compiled
     for log in levels:
         log.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -90,10 +94,15 @@ def _quietly() -> Iterator[None]:
         random.setstate(random_state)
         np.random.set_state(numpy_state)
         lm_eval.api.task.tqdm = bar
+        lm_eval.utils.env.from_string = from_string
         for log, level in levels.items():
             log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+_compiled = lru_cache(maxsize=256)(lm_eval.utils.env.from_string)
+"""lm-eval compiles each of a task's templates anew for every document, which takes most of its time."""
 
 
 def _no_bar(documents: Iterable[Any], **_: object) -> Iterable[Any]:
