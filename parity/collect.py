@@ -220,6 +220,7 @@ def _fresh(target: Target, flagged: tuple[str, ...]) -> Target:
         contract=False,
         laws=None,
         accuracy=None,
+        performance=None,
         confirm=None,
     )
 

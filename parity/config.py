@@ -31,7 +31,7 @@ _ENGINE_KEYS = ("engine", "model", "dtype", "quantization", "environment", "pyth
                 "options", "env")  # fmt: skip
 _TARGET_KEYS = ("description", "policy", "model", "workload", "confirm", "lockstep_prompts", "lockstep_prompts_max",
                 "reference", "candidate", "noise", "control", "logic", "sampling", "determinism", "structured",
-                "contract", "laws", "accuracy", "golden", "limits")  # fmt: skip
+                "contract", "laws", "accuracy", "performance", "golden", "limits")  # fmt: skip
 _WORKLOAD_KEYS = ("prompts", "take", "draws", "max_tokens", "logprobs", "temperature", "top_p", "top_k", "min_p")
 _WANTED = {
     int: "a whole number of at least 1",
@@ -74,6 +74,31 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """How a side is served: a command with `{port}`, `{model}` and `{python}` in it, or the url of a running server.
+
+    Both empty: by the engine's own server.
+    """
+
+    command: tuple[str, ...] = ()
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Performance:
+    """Under which traffic both engines are measured.
+
+    profiles: names of files in `folder`, without `.toml`. seed: of arrivals, lengths and prompts.
+    """
+
+    profiles: tuple[str, ...]
+    folder: Path
+    seed: int
+    reference: Serving
+    candidate: Serving
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What is judged: a candidate engine, against a reference engine, on a workload, by limits.
 
@@ -88,6 +113,7 @@ class Target:
     contract: whether each engine is probed for what it does with a request.
     laws: generated examples that the candidate must treat as any correct engine does; or None.
     accuracy: tasks whose documents both engines answer, scored and judged in pairs; or None.
+    performance: traffic under which both engines' servers are measured, see `parity.bench`; or None.
     confirm: fresh prompts on which a check that was flagged is judged once more; None where there are none.
     golden: whether the candidate is also held against what was accepted, see `parity.golden`.
     """
@@ -109,6 +135,7 @@ class Target:
     contract: bool
     laws: Laws | None
     accuracy: Accuracy | None
+    performance: Performance | None
     confirm: Workload | None
     golden: bool
     limits: Mapping[str, Mapping[str, Any]]
@@ -229,6 +256,7 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         contract=_typed(table, "contract", bool, where, default=False),
         laws=_laws(table, where),
         accuracy=_accuracy(table, where, path),
+        performance=_performance(table, where, path),
         confirm=_extra(table, "confirm", where, workloads, path),
         golden=_typed(table, "golden", bool, where, default=False),
         limits=limits,
@@ -272,6 +300,34 @@ def _accuracy(table: Mapping[str, Any], where: str, path: Path) -> Accuracy | No
         raise ConfigError(f"{where} names no tasks; list at least one under 'tasks', such as 'parity_local'")
     limit = _typed(table["accuracy"], "limit", int, where, default=None)
     return Accuracy(tasks=tasks, folder=path.parent / "tasks", limit=limit)
+
+
+def _performance(table: Mapping[str, Any], where: str, path: Path) -> Performance | None:
+    if "performance" not in table:
+        return None
+    where, found = f"{where} performance", table["performance"]
+    _known(found, ("profiles", "seed", "reference", "candidate"), where)
+    profiles = tuple(_typed(found, "profiles", list, where, default=[]))
+    if not profiles:
+        raise ConfigError(f"{where} names no profiles; list at least one file of suites/traffic, without its '.toml'")
+    return Performance(
+        profiles=profiles,
+        folder=path.parent / "traffic",
+        seed=_typed(found, "seed", int, where, default=7),
+        reference=_serving(found, "reference", where),
+        candidate=_serving(found, "candidate", where),
+    )
+
+
+def _serving(table: Mapping[str, Any], side: str, where: str) -> Serving:
+    found, where = _typed(table, side, dict, where, default={}), f"{where} {side}"
+    _known(found, ("command", "url"), where)
+    if len(found) > 1:
+        raise ConfigError(f"{where} has both 'command' and 'url'; a server is either started or running")
+    return Serving(
+        command=tuple(_typed(found, "command", list, where, default=[])),
+        url=_typed(found, "url", str, where, default=None),
+    )
 
 
 def _named_workload(table: Mapping[str, Any], where: str, workloads: Mapping[str, Any], path: Path) -> Workload:

@@ -89,8 +89,8 @@ class Recorder:
             EngineError: If the engine cannot run; finished completions stay on disk for the next run.
             RecordingError: If the disk is full.
         """
-        python, environment = self._interpreter(spec)
-        model = self._model(spec)
+        python, environment = self.interpreter(spec)
+        model = self.model_of(spec)
         label = _label(spec)
         done: dict[str, Recording] = {}
         with contextlib.ExitStack() as running:
@@ -111,14 +111,14 @@ class Recorder:
                     with store.disk_errors_named(self.directory):
                         log.parent.mkdir(parents=True, exist_ok=True)
                         log.unlink(missing_ok=True)
-                    running.enter_context(_devices_locked(spec, self.observer))
+                    running.enter_context(devices_locked(spec, self.observer))
                     session = running.enter_context(Session(label=label, command=command, log=log, limits=self.limits))
                     fingerprint = self._open(session, spec, model, label)
                 partial = _Partial(self._partial_directory(name, key), fingerprint)
                 done[name] = self._answer(session, spec, name, workload, partial, key)
         return done
 
-    def _interpreter(self, spec: EngineSpec) -> tuple[str, str | None]:
+    def interpreter(self, spec: EngineSpec) -> tuple[str, str | None]:
         """The engine's interpreter, and its locked environment's digest if it lives in one."""
         if spec.environment is None:
             return spec.python or ("python3" if spec.launcher else sys.executable), None
@@ -131,7 +131,8 @@ class Recorder:
             self.observer.note(f"{what} is ready ({len(found.packages)} packages)")
         return str(found.python), found.digest
 
-    def _model(self, spec: EngineSpec) -> str:
+    def model_of(self, spec: EngineSpec) -> str:
+        """The directory of the engine's model, provided where it is not there yet."""
         if spec.launcher and not spec.model.startswith(("package:", "hub:")):
             return spec.model  # a path on the other side of the launcher; the worker says if it is not there
         return str(models.provide(spec.model, cache=self.places.models, report=self.observer.note))
@@ -332,7 +333,7 @@ def _code_digest(spec: EngineSpec) -> str:
 
 
 @contextlib.contextmanager
-def _devices_locked(spec: EngineSpec, observer: Observer) -> Iterator[None]:
+def devices_locked(spec: EngineSpec, observer: Observer) -> Iterator[None]:
     """One engine per GPU at a time, over all parity runs of this machine. CPU engines need no lock."""
     visible = spec.env.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     devices = sorted(Path("/dev").glob("nvidia[0-9]*"))

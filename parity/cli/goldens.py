@@ -137,7 +137,7 @@ def _acceptance(options: argparse.Namespace, evidence: Evidence, directory: Path
         arbiter=directory / "reference-scores" if exact else None,
         samples=evidence.scored.get("accuracy-candidate"),
         outcomes={v.check: v.outcome for v in found.verdicts},
-        by=options.by or _who(),
+        by=options.by or who(),
         reason=options.reason,
         at=_now(),
     )
@@ -200,7 +200,8 @@ def _agreed(name: str) -> bool:
     return input(f"accept this for {name}? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _who() -> str:
+def who() -> str:
+    """The name of the person at this machine."""
     import getpass  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
 

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
+from parity.checks.performance import Row
 from parity.comparable import first_difference
 from parity.decision import Decision
 from parity.diagnose import Diagnosis
@@ -83,6 +84,20 @@ def recovery(found: Recovery) -> str:
         )
     if (moved := found.moved) is not None:
         lines += _wrapped(moved.sentence, "")
+    return "\n".join(lines)
+
+
+def performance(rows: Sequence[Row]) -> str:
+    """Every metric of both sides; the loss is positive where the candidate is worse."""
+    width = max((len(row.metric.id) for row in rows), default=0)
+    lines = [f"{'metric':<{width}}  {'reference':>10}  {'candidate':>10}  {'loss':>8}  {'90% interval':>18}  unit"]
+    for row in rows:
+        loss = "" if row.loss is None else f"{row.loss:+.2%}"
+        between = "" if row.interval is None else f"{row.interval[0]:+.1%} to {row.interval[1]:+.1%}"
+        lines.append(
+            f"{row.metric.id:<{width}}  {row.reference:>10.4g}  {row.candidate:>10.4g}  {loss:>8}  {between:>18}  "
+            f"{row.metric.unit}"
+        )
     return "\n".join(lines)
 
 
