@@ -199,9 +199,18 @@ class Bench:
         """Today's starts against the golden's days, by gated metric.
 
         Raises:
+            ConfigError: If today has fewer starts than the golden's days.
             IncomparableError: If the golden is of another machine or of other requests.
         """
         golden.require_alike(self.history, f"the golden of {self.target!r} under {self.profile.name!r}")
+        wanted = max((len(day.starts) for day in golden.days), default=0)
+        if len(starts) < max(1, wanted):
+            raise ConfigError(
+                f"a day of the golden of {self.target!r} has up to {wanted} starts and today has {len(starts)}, whose "
+                f"mean varies more; measure {max(1, wanted)} with --starts"
+                if wanted
+                else f"the golden of {self.target!r} under {self.profile.name!r} holds no day; accept one"
+            )
         return {
             name: regression.against_history(
                 golden.days_of(name),
@@ -234,6 +243,7 @@ class Bench:
                     gated=self.profile.gated,
                     spreads=spreads,
                     disturbances=regression.disturbances(runs),
+                    warnings=tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
                 )
                 if len(pairs["pair"]) >= self.limits.least and wanted(measured)[0] is not step:
                     break

@@ -94,8 +94,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     reason = why_not(metafunc.config)
     if each_metric:
         metafunc.config.stash[_GENERATED] = bool(cases)
-        if reason is None:
-            metafunc.fixturenames.append("benchmark")  # so that --benchmark-only and --benchmark-skip know the items
     for target, profile in cases:
         case = f"{target}/{profile.name}"
         if not each_metric:
@@ -112,6 +110,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 identity = f"{target}-{profile.name}-{side}-{metric}"
                 rows.append(pytest.param(case, f"{side} {metric}", id=identity, marks=mark))
     metafunc.parametrize(arguments, rows, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """--benchmark-only and --benchmark-skip know their items by the names of their fixtures."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "parity_series" in item.fixturenames:
+            if item.get_closest_marker("benchmark") is not None and "benchmark" not in item.fixturenames:
+                item.fixturenames.append("benchmark")
 
 
 def why_not(config: pytest.Config) -> str | None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
 from parity.losses import MOST, seen, smallest
 from parity.serving_costs import (
     SECONDS_A_DAY,
@@ -29,7 +31,7 @@ from parity.serving_costs import (
 from parity.serving_rates import CONFIDENCE, Rates, Speeds, rates
 from parity.verdict import Outcome, Verdict
 
-_MOST_TURNS = 100_000
+_MOST_TURNS = 10_000
 """Servers beyond which one more or less turns nothing."""
 _POWER = 0.9
 
@@ -138,50 +140,67 @@ def _costs_alone(costs: Costs, found: Rates, measured: Speeds) -> tuple[Answer, 
     least, most = costs.output_tokens_per_day
     span = "at the expected traffic" if least == most else "over all of the expected traffic"
     pays = _pays(costs, found.reference_s, found.candidate_s)
-    if found.slow_s is None or found.fast_s is None:
+    if found.interval_s is None:
         side = {True: "the candidate pays", False: "the reference pays", None: "it depends on the traffic"}[pays]
         return Answer.UNDECIDED, (
             f"as measured {side}, but one start of an engine does not say how much starts vary; measure pairs of both "
             "with `parity bench`"
         )
-    if _pays(costs, found.reference_s, found.slow_s):
-        return Answer.CANDIDATE, f"the candidate pays {span}, also at the slow end of what its starts allow"
-    if _pays(costs, found.reference_s, found.fast_s) is False:
+    worlds = _worlds(costs, found)
+    if _surely(True, worlds):
+        return Answer.CANDIDATE, f"the candidate pays {span}, also if it is only as fast as its starts surely show"
+    if _surely(False, worlds):
         return Answer.REFERENCE, f"the reference pays {span}, also if the candidate is as fast as its starts allow"
     if pays is None:
         way = "above" if costs.extra >= 0.0 else "below"
-        return Answer.TRAFFIC, f"within the expected traffic the candidate pays {way} the break-even and not beyond it"
+        return Answer.TRAFFIC, f"the candidate pays {way} a break-even that lies within the expected traffic"
     side = "candidate" if pays else "reference"
     return Answer.UNDECIDED, f"as measured the {side} pays {span}, but starts vary too much to be sure; " + _more(
         costs, found, measured
     )
 
 
+def _worlds(costs: Costs, found: Rates) -> list[bool | None]:
+    """Whether the candidate pays, for everything that the starts allow: both ends, or draws for whole servers."""
+    if costs.machines is Machines.FRACTIONAL:
+        assert found.interval_s is not None
+        pairs = [(found.reference_s, found.reference_s - saved) for saved in found.interval_s]
+    else:
+        pairs = [(ours, theirs) for ours, theirs in found.plausible().tolist()]
+    return [_pays(costs, ours, theirs) for ours, theirs in pairs]
+
+
+def _surely(pays: bool, worlds: Sequence[bool | None]) -> bool:
+    return sum(world is not pays for world in worlds) <= len(worlds) * (1.0 - CONFIDENCE) / 2
+
+
 def _pays(costs: Costs, reference_s: float, candidate_s: float) -> bool | None:
     """Whether the candidate saves money throughout the expected traffic (True), nowhere in it (False) or in part."""
     least, most = costs.output_tokens_per_day
-    points = [least, most]
-    if costs.machines is Machines.WHOLE and least < most:
-        # The saving turns where one side needs one more server.
-        for s in (reference_s, candidate_s):
-            a_server = s / (SECONDS_A_DAY * costs.utilisation)
-            first, last = math.floor(least * a_server) + 1, math.ceil(most * a_server)
-            turns = range(first, min(last, first + _MOST_TURNS))
-            points += [turn / a_server * edge for turn in turns for edge in (1.0, 1.0 + 1e-12)]
-    found = {advantage(costs, tokens, reference_s, candidate_s) > 0.0 for tokens in points}
-    return found.pop() if len(found) == 1 else None
+    if costs.machines is Machines.FRACTIONAL:
+        saved = np.array([advantage(costs, tokens, reference_s, candidate_s) for tokens in (least, most)])
+    else:
+        # Whole servers: a saving turns where one side needs one more.
+        busy = np.array((reference_s, candidate_s)) / (SECONDS_A_DAY * costs.utilisation)
+        points = np.array([least, most])
+        for s in busy:
+            turns = np.arange(math.floor(least * s) + 1, min(math.ceil(most * s), math.floor(least * s) + _MOST_TURNS))
+            points = np.concatenate((points, turns / s, turns / s * (1.0 + 1e-12)))
+        ours, theirs = np.ceil(busy[:, None] * points)
+        saved = costs.server_month * (ours - theirs) - costs.extra
+    return bool((saved > 0.0).all()) if (saved > 0.0).all() or (saved <= 0.0).all() else None
 
 
 def _more(costs: Costs, found: Rates, measured: Speeds) -> str:
     """How many pairs would decide, if the next ones vary as these."""
-    if not measured.paired or found.error_s is None or not costs.output_tokens_per_day[0]:
+    if not measured.paired or found.doubt is None or not costs.output_tokens_per_day[0]:
         return "measure more starts"
     day = SECONDS_A_DAY * costs.utilisation / costs.server_month
     gap = min(abs(found.saved_s - costs.extra * day / tokens) for tokens in costs.output_tokens_per_day)
-    deviation = found.error_s * math.sqrt(len(measured.reference.output_tokens_per_s))
+    deviation = found.doubt.saved_s * math.sqrt(len(measured.reference.output_tokens_per_s))
     pairs = smallest(lambda n: gap * math.sqrt(n) >= seen(n, (1.0 - CONFIDENCE) / 2, _POWER) * deviation)
     if pairs >= MOST:
-        return "both cost so nearly the same that no number of pairs would decide"
+        return f"both cost so nearly the same that {MOST:,} pairs would not decide"
     return f"about {pairs} pairs would decide, and there are {len(measured.reference.output_tokens_per_s)}"
 
 

@@ -42,9 +42,9 @@ class Moved:
     """How far the candidate's distributions are from the reference's, on the reference's tokens.
 
     kl_nats: a token, a lower bound where `covered`, the share of the reference's probability on tokens that both sides
-        kept, is far from 1. floor_nats: what rounding alone does, where it was measured. same_choice: the share of tokens
-        whose most probable one is the same. perplexity_ratio: the candidate's by the reference's, with one standard
-        error by prompt.
+        kept, is far from 1. floor_nats: what rounding alone does, where it was measured. same_choice: the share of
+        tokens whose most probable one is the same. perplexity_ratio: the candidate's by the reference's, with one
+        standard error by prompt.
     """
 
     kl_nats: float

@@ -4,7 +4,8 @@ Serving costs time: seconds of a server for each output token, which is what a s
 costs work: once, and again for each change of the model. Uncertainty is that of the seconds which a token saves, from
 the spread of starts; prices and hours are the user's own and taken as they are. The break-even traffic is the fixed
 cost divided by what a token saves, so its interval is the saving's interval turned over (Fieller's interval where the
-numerator is known); it reaches to infinity where the starts do not show that anything is saved.
+numerator is known); it reaches to infinity where the starts do not show that anything is saved. What steps with whole
+servers has an interval by simulation with a fixed seed.
 
 Formulas, coverage and a worked example: docs/decide.md. Pure.
 """
@@ -18,10 +19,11 @@ from enum import Enum
 from typing import Any
 
 from parity.errors import ConfigError
-from parity.serving_rates import Rates
+from parity.serving_rates import CONFIDENCE, Rates
 
 HOURS_A_MONTH = 730.0
 SECONDS_A_DAY = 86400.0
+_ROUNDING = 1e-12
 _FARTHEST = 100.0
 """A flip that takes an input to more than so many times its value, or to less than such a part, is none."""
 
@@ -144,17 +146,32 @@ def break_even(costs: Costs, reference_s: float, candidate_s: float) -> float:
         return math.inf
     if costs.machines is Machines.FRACTIONAL:
         return abs(extra) / costs.server_month * full / (slower - faster)
-    servers = abs(extra) / costs.server_month
+    servers, narrow = abs(extra) / costs.server_month, slower - faster
     if extra >= 0.0:
         # n servers less pay. With m + 1 of the fast ones, n are surely saved once n + m of the slow ones are full.
         n = math.floor(servers) + 1
-        m = max(1, math.ceil(n * faster / (slower - faster))) - 1
+        m = max(1, math.ceil(n * faster / narrow * (1.0 - _ROUNDING))) - 1
     else:
         # n servers more eat up what is cheaper to keep: the first traffic at which so many can be needed.
         n = math.ceil(servers)
-        room = (n / slower - 1.0 / faster) if faster > 0.0 else -math.inf
-        m = max(0, math.floor(room / (1.0 / faster - 1.0 / slower)) + 1) if faster > 0.0 else 0
+        m = max(0, math.floor((n * faster - slower) / narrow * (1.0 + _ROUNDING)) + 1)
     return (n + m) * full / slower
+
+
+def interval_of(costs: Costs, found: Rates, of: Callable[[float, float], float]) -> tuple[float, float] | None:
+    """Where a number of both engines' seconds a token lies, as far as the starts can tell; None where they cannot.
+
+    Hours in fractions depend on what a token saves alone, so its interval gives theirs exactly. Whole servers depend on
+    either engine, in steps: quantiles over what is plausible (`Rates.plausible`).
+    """
+    if found.interval_s is None:
+        return None
+    if costs.machines is Machines.FRACTIONAL:
+        low, high = sorted(of(found.reference_s, found.reference_s - saved) for saved in found.interval_s)
+        return low, high
+    values = sorted(of(ours, theirs) for ours, theirs in found.plausible().tolist())
+    tail = math.floor(len(values) * (1.0 - CONFIDENCE) / 2)
+    return values[tail], values[-1 - tail]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,12 +187,9 @@ class BreakEven:
 
 
 def break_even_of(costs: Costs, found: Rates) -> BreakEven:
-    """With the interval that the starts leave; of whole servers at the reference's mean speed."""
+    """With the interval that the starts leave."""
     at = break_even(costs, found.reference_s, found.candidate_s)
-    interval = None
-    if found.slow_s is not None and found.fast_s is not None:
-        ends = sorted(break_even(costs, found.reference_s, s) for s in (found.fast_s, found.slow_s))
-        interval = ends[0], ends[1]
+    interval = interval_of(costs, found, lambda ours, theirs: break_even(costs, ours, theirs))
     return BreakEven(tokens_per_day=at, interval=interval, above=costs.extra >= 0.0)
 
 
@@ -190,16 +204,17 @@ class Repaid:
 
 def repaid(costs: Costs, found: Rates, tokens_per_day: float) -> Repaid:
     """When the one-time cost is earned back at this traffic."""
+    running = replace(costs, one_time_engineer_hours=0.0)
 
-    def months(candidate_s: float) -> float:
-        running = replace(costs, one_time_engineer_hours=0.0)
-        saved = advantage(running, tokens_per_day, found.reference_s, candidate_s)
+    def months(reference_s: float, candidate_s: float) -> float:
+        saved = advantage(running, tokens_per_day, reference_s, candidate_s)
         return math.inf if saved <= 0.0 else costs.once / saved
 
-    interval = None
-    if found.slow_s is not None and found.fast_s is not None:
-        interval = months(found.fast_s), months(found.slow_s)
-    return Repaid(tokens_per_day=tokens_per_day, months=months(found.candidate_s), interval=interval)
+    return Repaid(
+        tokens_per_day=tokens_per_day,
+        months=months(found.reference_s, found.candidate_s),
+        interval=interval_of(costs, found, months),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,15 +230,11 @@ class Row:
 def row(costs: Costs, found: Rates, tokens_per_day: float) -> Row:
     """What both cost at this traffic."""
     ours, theirs = costs.kept
-    interval = None
-    if found.slow_s is not None and found.fast_s is not None:
-        low, high = (advantage(costs, tokens_per_day, found.reference_s, s) for s in (found.slow_s, found.fast_s))
-        interval = low, high
     return Row(
         tokens_per_day=tokens_per_day,
         reference=ours + costs.serving(tokens_per_day, found.reference_s),
         candidate=theirs + costs.once / costs.horizon_months + costs.serving(tokens_per_day, found.candidate_s),
-        advantage_interval=interval,
+        advantage_interval=interval_of(costs, found, lambda r, c: advantage(costs, tokens_per_day, r, c)),
     )
 
 

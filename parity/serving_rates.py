@@ -14,7 +14,7 @@ import numpy as np
 
 from parity import service_metrics
 from parity.errors import ConfigError, IncomparableError
-from parity.losses import LEAST_SPREAD
+from parity.losses import LEAST_SPREAD, Floats
 from parity.stats import student_t_quantile
 from parity.timings import LoadRun
 
@@ -23,6 +23,9 @@ CONFIDENCE = 0.9
 
 _HARDWARE = ("host.cpu", "host.cores", "gpu.0.name", "gpu.count")
 _SAME_LENGTH = 0.01
+_DRAWS, _SEED = 1000, 7
+_LEAST = 0.01
+"""No engine is a hundred times as fast as measured, however wide an interval of two starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,33 +136,54 @@ def _notes(reference: Sequence[LoadRun], candidate: Sequence[LoadRun]) -> tuple[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Seconds of a server for an output token, means over starts.
+class Doubt:
+    """How far the means may be off: standard errors in seconds a token, of `degrees` degrees of freedom.
 
-    saved_s, interval_s: reference less candidate, with its interval; None where starts are too few to tell.
-    error_s: the saving's standard error; None as well. method: how the interval was made.
+    correlation: of the errors of what is saved and of the reference.
+    """
+
+    saved_s: float
+    reference_s: float
+    correlation: float
+    degrees: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Seconds of a server for an output token, means over starts; `saved_s` is reference less candidate.
+
+    doubt: None where starts are too few to tell. method: where it comes from.
     """
 
     reference_s: float
     candidate_s: float
     saved_s: float
-    interval_s: tuple[float, float] | None
-    error_s: float | None
+    doubt: Doubt | None
     method: str
 
     @property
-    def slow_s(self) -> float | None:
-        """The candidate at the end of the interval where it saves least."""
-        return None if self.interval_s is None else self.reference_s - self.interval_s[0]
+    def interval_s(self) -> tuple[float, float] | None:
+        """Of what is saved."""
+        if self.doubt is None:
+            return None
+        reach = student_t_quantile((1.0 + CONFIDENCE) / 2, self.doubt.degrees) * self.doubt.saved_s
+        return self.saved_s - reach, self.saved_s + reach
 
-    @property
-    def fast_s(self) -> float | None:
-        """The candidate at the end of the interval where it saves most."""
-        return None if self.interval_s is None else max(0.0, self.reference_s - self.interval_s[1])
+    def plausible(self) -> Floats:
+        """Means of reference and candidate that the starts allow, float64 [N, 2], above 0: draws of a bivariate t."""
+        if self.doubt is None:
+            return np.array([(self.reference_s, self.candidate_s)])
+        found, rng = self.doubt, np.random.default_rng(_SEED)
+        first, second = rng.standard_normal((2, _DRAWS))
+        wide = np.sqrt(found.degrees / rng.chisquare(found.degrees, _DRAWS))
+        mixed = found.correlation * first + math.sqrt(1.0 - found.correlation**2) * second
+        ours = np.maximum(self.reference_s + wide * found.reference_s * first, _LEAST * self.reference_s)
+        saved = self.saved_s + wide * found.saved_s * mixed
+        return np.column_stack((ours, np.maximum(ours - saved, _LEAST * self.candidate_s)))
 
 
 def rates(measured: Speeds) -> Rates:
-    """Seconds a token; Student's t of paired differences, or Welch's where starts are not paired.
+    """Seconds a token; errors by Student's t of paired differences, or Welch's where starts are not paired.
 
     Raises:
         ConfigError: If a speed is not above 0, or paired sides have different numbers of starts.
@@ -170,29 +194,41 @@ def rates(measured: Speeds) -> Rates:
     if measured.paired and len(ours) != len(theirs):
         raise ConfigError(f"pairs need both sides: {len(ours)} starts of the reference, {len(theirs)} of the candidate")
     ours, theirs = 1.0 / ours, 1.0 / theirs
-    saved = float(ours.mean() - theirs.mean())
-    interval = error = None
-    if min(len(ours), len(theirs)) < 2:
-        method = "none: one start does not say how much starts vary"
-    else:
-        floor = LEAST_SPREAD * float(ours.mean())
-        if measured.paired:
-            degrees = len(ours) - 1
-            error = max(floor, float((ours - theirs).std(ddof=1))) / math.sqrt(len(ours))
-            method = f"Student's t of {len(ours)} pairs of starts"
-        else:
-            parts = [max(floor, float(x.std(ddof=1))) ** 2 / len(x) for x in (ours, theirs)]
-            error = math.sqrt(sum(parts))
-            lost = [part**2 / (len(x) - 1) for part, x in zip(parts, (ours, theirs), strict=True)]
-            degrees = max(1, math.floor(sum(parts) ** 2 / sum(lost)))
-            method = f"Welch's t of {len(ours)} and {len(theirs)} starts"
-        reach = student_t_quantile((1.0 + CONFIDENCE) / 2, degrees) * error
-        interval = saved - reach, saved + reach
+    doubt, method = None, "none: one start does not say how much starts vary"
+    if min(len(ours), len(theirs)) > 1:
+        doubt = (_of_pairs if measured.paired else _of_sides)(ours, theirs)
+        starts = f"{len(ours)} pairs of" if measured.paired else f"{len(ours)} and {len(theirs)}"
+        method = f"{'Student' if measured.paired else 'Welch'}'s t of {starts} starts"
     return Rates(
         reference_s=float(ours.mean()),
         candidate_s=float(theirs.mean()),
-        saved_s=saved,
-        interval_s=interval,
-        error_s=error,
+        saved_s=float(ours.mean() - theirs.mean()),
+        doubt=doubt,
         method=method,
+    )
+
+
+def _of_pairs(ours: Floats, theirs: Floats) -> Doubt:
+    saved, n = ours - theirs, len(ours)
+    floor = LEAST_SPREAD * float(ours.mean())
+    spreads = float(saved.std(ddof=1)), float(ours.std(ddof=1))
+    shared = float(((ours - ours.mean()) * (saved - saved.mean())).sum()) / (n - 1)
+    wide = [max(floor, spread) for spread in spreads]
+    return Doubt(
+        saved_s=wide[0] / math.sqrt(n),
+        reference_s=wide[1] / math.sqrt(n),
+        correlation=max(-1.0, min(1.0, shared / (wide[0] * wide[1]))),
+        degrees=n - 1,
+    )
+
+
+def _of_sides(ours: Floats, theirs: Floats) -> Doubt:
+    floor = LEAST_SPREAD * float(ours.mean())
+    parts = [max(floor, float(x.std(ddof=1))) ** 2 / len(x) for x in (ours, theirs)]
+    lost = [part**2 / (len(x) - 1) for part, x in zip(parts, (ours, theirs), strict=True)]
+    return Doubt(
+        saved_s=math.sqrt(sum(parts)),
+        reference_s=math.sqrt(parts[0]),
+        correlation=math.sqrt(parts[0] / sum(parts)),
+        degrees=max(1, math.floor(sum(parts) ** 2 / sum(lost))),
     )

@@ -19,7 +19,7 @@ from parity.bench import CANDIDATE, REFERENCE, Bench, Side
 from parity.checks.performance import Limits
 from parity.cli import main
 from parity.engines import EngineSpec
-from parity.errors import IncomparableError, RecordingError
+from parity.errors import ConfigError, IncomparableError, RecordingError
 from parity.fingerprint import Scalar
 from parity.record import Places, Recorder
 from parity.timings import LoadRun
@@ -186,6 +186,8 @@ def test_days_of_another_machine_or_other_requests_judge_nothing(tmp_path: Path)
     other = replace(golden, hardware={**golden.hardware, "gpu.0.name": "NVIDIA H200"})
     with pytest.raises(IncomparableError, match=r"measured with gpu.0.name 'NVIDIA H200', this run with None"):
         found.against(other, found.starts(3))
+    with pytest.raises(ConfigError, match="up to 3 starts and today has 2"):
+        found.against(golden, found.starts(2))
     with pytest.raises(IncomparableError, match="measured with plan 'abc'"):
         found.against(replace(golden, plan_sha256="abc"), found.starts(3))
 

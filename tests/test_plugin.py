@@ -35,7 +35,7 @@ def test_greedy(parity_judge):
 @pytest.fixture(autouse=True)
 def _quick(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other plugins have no part in these sessions; Hypothesis imports itself anew at the end of each, for a second."""
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:cacheprovider")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:cacheprovider -p no:benchmark")
 
 
 @pytest.fixture

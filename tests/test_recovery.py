@@ -108,6 +108,14 @@ def test_of_a_task_of_which_nothing_is_right_nothing_can_be_kept() -> None:
     assert [r.recovery for r in (*found.tasks, found.total)] == [None, 1.0, pytest.approx(6 / 5)]
 
 
+def test_nobody_keeps_less_than_nothing() -> None:
+    """Of two right documents both are lost, and the drop may be larger than the reference's share of right ones."""
+    (row,) = kept([run("arc", [1.0] * 2 + [0.0] * 8)], [run("arc", [0.0] * 10)]).tasks
+    assert row.recovery == 0.0
+    assert row.interval is not None
+    assert row.interval[0] == 0.0 < row.interval[1]
+
+
 def test_of_a_metric_of_which_less_is_better_the_rest_is_kept() -> None:
     """Errors of 0.2 and 0.4 are scores of 0.8 and 0.6."""
     ours, theirs = ([run("errors", v, higher_is_better=False)] for v in ([0.0] * 8 + [1.0] * 2, [0.0] * 6 + [1.0] * 4))
@@ -200,6 +208,20 @@ def test_divergence_and_preferences_worked_by_hand() -> None:
         f"{found.perplexity_error:.4f})"
     )
     assert "rounding" not in replace(found, floor_nats=None).sentence
+
+
+def test_where_the_sides_keep_other_tokens_the_divergence_is_called_a_lower_bound() -> None:
+    """Of the reference's two tokens the candidate kept one, which has 0.7 of the probability."""
+    kept_rows = [[(0, math.log(0.7)), (1, math.log(0.2))], [(0, math.log(0.6)), (2, math.log(0.3))]]
+    ours, theirs = (
+        recording([replace(completion("a", token_ids=[0], terminator=None), logprobs=token_logprobs([0], [row]))])
+        for row in kept_rows
+    )
+    found = recovery.moved(lockstep.measure(ours, theirs), None)
+    assert found.covered == pytest.approx(0.7)
+    assert found.kl_nats == pytest.approx(0.7 * math.log(0.7 / 0.6) + 0.3 * math.log(0.3 / 0.4), rel=1e-5)
+    assert f"KL divergence at least {found.kl_nats:.3g} nats a token" in found.sentence
+    assert recovery.moved(lockstep.measure(*toy()), None).covered == pytest.approx(1.0)
 
 
 def test_what_did_not_move_reads_one_and_zero() -> None:

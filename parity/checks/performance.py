@@ -99,7 +99,7 @@ class Measured:
 
     pairs: in the order they were measured. fresh: pairs that were measured to confirm a flag.
     gated: ids of the metrics that decide. spreads: what is known of a metric's pairs on this host, by id.
-    disturbances: why the machine was not fit to judge; empty if it was.
+    disturbances: why the machine was not fit to judge; empty if it was. warnings: what makes numbers doubtful.
     """
 
     profile: str
@@ -108,6 +108,7 @@ class Measured:
     gated: Sequence[str]
     spreads: Mapping[str, Spread]
     disturbances: Sequence[str]
+    warnings: Sequence[str] = ()
 
 
 def decisions(measured: Measured, limits: Limits) -> dict[str, Decision]:
@@ -162,7 +163,7 @@ def judge(measured: Measured, *, limits: Limits, label_reference: str, label_can
         findings=(*gated, *failures),
         causes=(),
         changed=(),
-        warnings=tuple(measured.disturbances),
+        warnings=(*measured.disturbances, *_few(measured.warnings)),
         basis=tuple(_basis(measured, limits)),
     )
 
@@ -275,6 +276,12 @@ def _headline(gated: Sequence[Finding], failures: Sequence[Finding], outcome: Ou
     if outcome is Outcome.PASS:
         return text
     return f"{text}; decided by {', '.join(f.metric for f in (*gated, *failures) if f.outcome is outcome)}"
+
+
+def _few(warnings: Sequence[str]) -> tuple[str, ...]:
+    """The first, and how many more: each start says it in numbers of its own."""
+    more = f"; {len(warnings) - 1} more starts said the like" if len(warnings) > 1 else ""
+    return (f"{warnings[0]}{more}",) if warnings else ()
 
 
 def _basis(measured: Measured, limits: Limits) -> Iterator[str]:

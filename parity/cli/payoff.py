@@ -93,18 +93,18 @@ def _speeds(reference: Path, candidate: Path | None) -> Speeds:
     if candidate is None and not reference.is_dir():
         raise ConfigError(f"{str(reference)!r} is no session's directory; name the candidate's start as well")
     other = reference if candidate is None else candidate
-    ours, theirs = _starts(reference, "reference"), _starts(other, "candidate")
-    paired = reference.is_dir() and other.is_dir() and reference.resolve() == other.resolve()
-    if paired:  # half a pair is of an interrupted session
-        both = [name for name in ours if name in theirs]
+    paired = reference.is_dir() and reference.resolve() == other.resolve()
+    ours, theirs = _starts(reference, "reference", either=not paired), _starts(other, "candidate", either=not paired)
+    if paired:
+        both = [name for name in ours if name in theirs]  # of an interrupted session the last may be half
         if not both:
             raise RecordingError(f"{str(reference)!r} has no complete pair of starts; go on with `parity bench`")
         ours, theirs = {name: ours[name] for name in both}, {name: theirs[name] for name in both}
     return serving_rates.speeds(list(ours.values()), list(theirs.values()), paired=paired)
 
 
-def _starts(path: Path, side: str) -> dict[str, LoadRun]:
-    """The starts of one side, by name; of a directory that has one side only, of that."""
+def _starts(path: Path, side: str, *, either: bool) -> dict[str, LoadRun]:
+    """The starts of one side, by name; with `either`, of a directory that has the other side only, of that."""
     if not path.is_dir():
         return {path.stem: _read(path)}
     sides: dict[str, dict[str, Path]] = {"reference": {}, "candidate": {}}
@@ -112,7 +112,7 @@ def _starts(path: Path, side: str) -> dict[str, LoadRun]:
         name, _, whose = file.stem.rpartition("-")
         if whose in sides and _START.fullmatch(name):
             sides[whose][name] = file
-    found = sides[side] or sides["candidate" if side == "reference" else "reference"]
+    found = sides[side] or (sides["candidate" if side == "reference" else "reference"] if either else {})
     if not found:
         raise RecordingError(
             f"{str(path)!r} holds no start of an engine, such as pair-01-{side}.jsonl of `parity bench`"

@@ -124,12 +124,13 @@ def _facts(found: Payoff) -> Iterator[str]:
     )
     yield f"break-even: {_pays_where(even)}"
     if found.costs.machines is Machines.WHOLE and math.isfinite(even.tokens_per_day):
-        yield "whole servers: near the break-even the saving goes up and down; that is the last turn of it"
+        yield "whole servers: on the way to it the saving goes up and down; beyond it no longer"
     for repaid in found.repaid:
+        months = "never" if math.isinf(repaid.months) else f"after {repaid.months:.3g} months"
         between = "" if repaid.interval is None else f" ({_between(repaid.interval, _months)})"
         yield (
-            f"one-time cost of {_money(found.costs.once)}: at {_count(repaid.tokens_per_day)} output tokens a day "
-            f"earned back {_months(repaid.months)}{between}; expected use {found.costs.horizon_months:g} months"
+            f"the one-time cost of {_money(found.costs.once)} is earned back {months}{between} of "
+            f"{found.costs.horizon_months:g} at {_count(repaid.tokens_per_day)} output tokens a day"
         )
 
 
@@ -138,7 +139,8 @@ def _pays_where(even: BreakEven) -> str:
     if math.isinf(even.tokens_per_day):
         where = "the candidate pays at no traffic" if even.above else "the candidate pays at any traffic"
     else:
-        where = f"the candidate pays {'above' if even.above else 'below'} {_traffic(even.tokens_per_day)}"
+        way = "above" if even.above else "below"
+        where = f"the candidate pays {way} {_traffic(even.tokens_per_day)} output tokens a day"
     return where + between
 
 
@@ -147,11 +149,11 @@ def _between(interval: tuple[float, float], shown: Callable[[float], str]) -> st
 
 
 def _traffic(tokens_per_day: float) -> str:
-    return "infinity" if math.isinf(tokens_per_day) else f"{_count(tokens_per_day)} output tokens a day"
+    return "infinity" if math.isinf(tokens_per_day) else _count(tokens_per_day)
 
 
 def _months(months: float) -> str:
-    return "never" if math.isinf(months) else f"after {months:.3g} months"
+    return "never" if math.isinf(months) else f"{months:.3g}"
 
 
 def _flip(flip: Flip) -> tuple[str, str, str, str]:
