@@ -116,9 +116,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """--benchmark-only and --benchmark-skip know their items by the names of their fixtures."""
     for item in items:
-        if isinstance(item, pytest.Function) and "parity_series" in item.fixturenames:
-            if item.get_closest_marker("benchmark") is not None and "benchmark" not in item.fixturenames:
-                item.fixturenames.append("benchmark")
+        names = item.fixturenames if isinstance(item, pytest.Function) else []
+        if "parity_series" in names and "benchmark" not in names and item.get_closest_marker("benchmark") is not None:
+            names.append("benchmark")
 
 
 def why_not(config: pytest.Config) -> str | None:

@@ -68,6 +68,7 @@ def collect(target: Target, recorder: Recorder, shelf: Shelf | None = None) -> E
         recorder,
         evidence.recordings,
         scored=evidence.scored,
+        no_accuracy=evidence.no_accuracy,
         confirmation=confirmation,
         golden=golden,
         no_golden=why_not,
@@ -258,8 +259,8 @@ def _recorded(target: Target, recorder: Recorder, accepted: Golden | None, quest
             wanted = forced(workload, reference, len(workload.requests)) if whole else scored
             found |= recorder.record(target.noise, {"noise": wanted})
         found |= recorder.record(target.candidate, {**asked, "candidate-scores": scored})
-        samples = {} if questions is None else _scored(questions, recorder, found)
-        evidence = _sealed(target, recorder, found, scored=samples)
+        samples, unscored = _scored(questions, recorder, found)
+        evidence = _sealed(target, recorder, found, scored=samples, no_accuracy=unscored)
         more = min(2 * prompts, target.lockstep.most, len(workload.requests))
         if more <= prompts or _lockstep(evidence) is not Outcome.INCONCLUSIVE:
             break
@@ -270,21 +271,26 @@ def _recorded(target: Target, recorder: Recorder, accepted: Golden | None, quest
         found |= recorder.record(target.reference, {"reference-scores": answers})
     if target.logic is not None:
         found |= _logic(target, target.logic, recorder, found)
-    evidence = _sealed(target, recorder, found, scored=samples)
+    evidence = _sealed(target, recorder, found, scored=samples, no_accuracy=unscored)
     if _lockstep(evidence) is not Outcome.FAIL:
         return evidence
     recorder.observer.note("lock step fails; asking the reference whether other prompts would explain it")
     scored = forced(workload, reference, _HYPOTHESIS_PROMPTS)
     found |= recorder.record(target.reference, hypotheses.workloads(scored))
-    return _sealed(target, recorder, found, scored=samples)
+    return _sealed(target, recorder, found, scored=samples, no_accuracy=unscored)
 
 
-def _scored(questions: Questions, recorder: Recorder, found: Mapping[str, Recording]) -> dict[str, Path]:
-    """Both sides' answers as samples, beside their recordings."""
-    return {
-        role: questions.score(found[role], recorder.directory / role)
-        for role in (accuracy.REFERENCE, accuracy.CANDIDATE)
-    }
+def _scored(
+    questions: Questions | None, recorder: Recorder, found: Mapping[str, Recording]
+) -> tuple[dict[str, Path], str]:
+    """Both sides' answers as samples, beside their recordings, or why they cannot be scored."""
+    if questions is None:
+        return {}, ""
+    roles = (accuracy.REFERENCE, accuracy.CANDIDATE)
+    try:
+        return {role: questions.score(found[role], recorder.directory / role) for role in roles}, ""
+    except ParityError as error:  # what else was recorded can be judged all the same
+        return {}, str(error)
 
 
 def _lockstep(evidence: Evidence) -> Outcome | None:
@@ -366,6 +372,7 @@ def _sealed(  # noqa: PLR0913  what belongs to a run
     found: Mapping[str, Recording],
     *,
     scored: Mapping[str, Path] | None = None,
+    no_accuracy: str = "",
     confirmation: Evidence | None = None,
     golden: Evidence | None = None,
     no_golden: str = "",
@@ -379,6 +386,7 @@ def _sealed(  # noqa: PLR0913  what belongs to a run
         "limits": target.limits,
         "recordings": list(found),
         "scored": list(scored or {}),
+        "no_accuracy": no_accuracy,
         "confirmation": None if confirmation is None else _CONFIRM,
         "golden": None if golden is None else _GOLDEN,
         "no_golden": no_golden,
@@ -399,4 +407,5 @@ def _sealed(  # noqa: PLR0913  what belongs to a run
         accepted=accepted,
         known=known_lines,
         scored=dict(scored or {}),
+        no_accuracy=no_accuracy,
     )

@@ -64,6 +64,7 @@ class Evidence:
     golden: the candidate held against what was accepted, where the target asks for it; `no_golden` says why not.
     accepted: the reference is a golden's: its facts must match, and prompts of `known` divergences are left out.
     scored: where the samples of a side's documents lie, by role; a golden keeps them without their recording.
+    no_accuracy: why answers to the documents could not be scored, where that is so: nothing else is kept from judging.
     """
 
     recordings: Mapping[str, Recording]
@@ -76,6 +77,7 @@ class Evidence:
     accepted: bool = False
     known: tuple[Known, ...] = ()
     scored: Mapping[str, Path] = field(default_factory=dict)
+    no_accuracy: str = ""
 
     @property
     def reference(self) -> Recording:
@@ -115,7 +117,7 @@ def why_not(evidence: Evidence, check: str) -> str | None:
     """
     reference, candidate = roles_of(check)
     if _judges_samples(check):
-        if {reference, candidate} <= set(evidence.scored):
+        if evidence.no_accuracy or {reference, candidate} <= set(evidence.scored):
             return None
         if evidence.accepted and reference not in evidence.scored:
             return (
@@ -183,7 +185,7 @@ def pair(reference: Path, candidate: Path, *, noise: Path | None) -> Evidence:
             directories |= {r: beside / r for r in run.roles if r not in _SCORES_OF and r not in _SIDES}
         else:  # what the candidate of that run said elsewhere says nothing about another candidate
             directories.pop("candidate-scores", None)
-            run = replace(run, confirmation=None, scored={})
+            run = replace(run, confirmation=None, scored={}, no_accuracy="")
     if noise is not None:
         directories["noise"] = noise
     return _read(directories, run)
@@ -354,6 +356,14 @@ def _judges_samples(check: str) -> bool:
 
 
 def _of_samples(evidence: Evidence, check: str, limits: Any) -> Verdict:
+    if evidence.no_accuracy:
+        raise IncomparableError(evidence.no_accuracy)
+    for role in set(evidence.scored) & set(evidence.directories):
+        recording = store.read_header(evidence.directories[role])["digest"]
+        if any(run.invocation["recording.digest"] != recording for run in lmeval.load_samples(evidence.scored[role])):
+            raise IncomparableError(
+                f"the samples in {str(evidence.scored[role])!r} are not of the recording beside them; record again"
+            )
     ours, theirs = (lmeval.load_samples(evidence.scored[role]) for role in roles_of(check))
     verdict: Verdict = checks.load(check).judge_tasks(
         ours,
@@ -445,6 +455,7 @@ def _read(directories: Mapping[str, Path], run: _Run) -> Evidence:
         accepted=run.accepted,
         known=run.known,
         scored=run.scored,
+        no_accuracy=run.no_accuracy,
     )
 
 
@@ -461,6 +472,7 @@ class _Run:
     accepted: bool = False
     known: tuple[Known, ...] = ()
     scored: Mapping[str, Path] = field(default_factory=dict)
+    no_accuracy: str = ""
 
 
 def _run(path: Path) -> _Run:
@@ -480,6 +492,7 @@ def _run(path: Path) -> _Run:
             accepted=bool(run.get("accepted", False)),
             known=known.from_json(run.get("known", [])),
             scored={str(role): path.parent / str(role) for role in run.get("scored", [])},
+            no_accuracy=str(run.get("no_accuracy", "")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(f"{str(path)!r}, which holds the limits to judge by, is damaged; record again") from error

@@ -42,7 +42,7 @@ class Answer(str, Enum):
     CANDIDATE = "THE CANDIDATE PAYS"
     REFERENCE = "THE REFERENCE PAYS"
     TRAFFIC = "IT DEPENDS ON THE TRAFFIC"
-    """The expected range has both."""
+    """It pays in a part of the expected range."""
     UNDECIDED = "UNDECIDED"
     """Starts are too few or vary too much, or something else was inconclusive."""
     BARRED = "NO RECOMMENDATION"
@@ -152,8 +152,10 @@ def _costs_alone(costs: Costs, found: Rates, measured: Speeds) -> tuple[Answer, 
     if _surely(False, worlds):
         return Answer.REFERENCE, f"the reference pays {span}, also if the candidate is as fast as its starts allow"
     if pays is None:
-        way = "above" if costs.extra >= 0.0 else "below"
-        return Answer.TRAFFIC, f"the candidate pays {way} a break-even that lies within the expected traffic"
+        way = "above the break-even" if costs.extra >= 0.0 else "below the break-even"
+        if costs.machines is Machines.WHOLE:
+            way = "where it needs enough servers less"
+        return Answer.TRAFFIC, f"the candidate pays in a part of the expected traffic, {way}"
     side = "candidate" if pays else "reference"
     return Answer.UNDECIDED, f"as measured the {side} pays {span}, but starts vary too much to be sure; " + _more(
         costs, found, measured
@@ -180,12 +182,12 @@ def _pays(costs: Costs, reference_s: float, candidate_s: float) -> bool | None:
     if costs.machines is Machines.FRACTIONAL:
         saved = np.array([advantage(costs, tokens, reference_s, candidate_s) for tokens in (least, most)])
     else:
-        # Whole servers: a saving turns where one side needs one more.
+        # Whole servers: the saving turns just above where one side's are full.
         busy = np.array((reference_s, candidate_s)) / (SECONDS_A_DAY * costs.utilisation)
         points = np.array([least, most])
         for s in busy:
             turns = np.arange(math.floor(least * s) + 1, min(math.ceil(most * s), math.floor(least * s) + _MOST_TURNS))
-            points = np.concatenate((points, turns / s, turns / s * (1.0 + 1e-12)))
+            points = np.concatenate((points, turns / s * (1.0 + 1e-12)))
         ours, theirs = np.ceil(busy[:, None] * points)
         saved = costs.server_month * (ours - theirs) - costs.extra
     return bool((saved > 0.0).all()) if (saved > 0.0).all() or (saved <= 0.0).all() else None
@@ -211,6 +213,7 @@ def _assumed(costs: Costs, measured: Speeds, found: Rates, judged: Standing) -> 
         else "hours of a server are paid as they are used"
     )
     judged_accuracy = any(said.startswith("accuracy") for said in (*judged.failed, *judged.unsure, *judged.passed))
+    passed = ", ".join(said.partition(":")[0] for said in judged.passed)
     return (
         f"the traffic has the lengths of profile {measured.profile!r}, {measured.output_tokens_per_request:.4g} output "
         "tokens a request, and production's servers are as the one that was measured",
@@ -222,6 +225,7 @@ def _assumed(costs: Costs, measured: Speeds, found: Rates, judged: Standing) -> 
         f"prices and traffic stay as they are for {costs.horizon_months:g} months, and nothing is discounted",
         f"intervals hold with {CONFIDENCE:.0%} ({found.method}) and are of the measured speeds alone; the costs are "
         "taken as they are",
+        *([f"the run is of these two engines; it passed {passed}"] if passed else []),
         *([] if judged_accuracy or judged is UNJUDGED else ["accuracy was not judged in this run"]),
         *measured.notes,
     )

@@ -29,8 +29,11 @@ from datetime import datetime, timezone
 from typing import IO, Any
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
+from yarl import URL
 
 from parity import timings
+from parity.alarm import Alarm
 from parity.fingerprint import Scalar
 from parity.service_answer import Answer, Expected, Reader
 from parity.timings import Failure, LoadRun, RequestTiming
@@ -72,6 +75,18 @@ class _Job:
     answer: Answer | None = None
     failure: Failure | None = None
     detail: str = ""
+
+
+class _Body(aiohttp.BytesPayload):
+    """A request's body that notes when it is sent; its head is sent with it, in one write."""
+
+    def __init__(self, data: bytes, job: _Job) -> None:
+        super().__init__(data, content_type="application/json")
+        self._job = job
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        self._job.sent_s = time.monotonic()
+        await super().write_with_length(writer, content_length)
 
 
 @dataclass(slots=True)
@@ -119,7 +134,7 @@ class _Driver:
         self._order = order
         self._warmup, self._measured = jobs[: order["warmup"]], jobs[order["warmup"] :]
         self._out = out
-        self._url = f"{order['url']}/v1/completions"
+        self._url = URL(f"{order['url']}/v1/completions")
         self._takes, self._extras = _DIALECTS[0]
         self._body_head = b""
         self._warnings: list[str] = []
@@ -148,9 +163,7 @@ class _Driver:
 
     def _session(self) -> aiohttp.ClientSession:
         limits = self._order["limits"]
-        trace = aiohttp.TraceConfig()
-        trace.on_request_chunk_sent.append(_note_sending)
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity"}
         if self._order["api_key"] is not None:
             headers["Authorization"] = f"Bearer {self._order['api_key']}"
         return aiohttp.ClientSession(
@@ -160,7 +173,6 @@ class _Driver:
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
-            trace_configs=[trace],
         )
 
     async def _learn_dialect(self, session: aiohttp.ClientSession) -> None:
@@ -201,12 +213,12 @@ class _Driver:
         self._done = self._failed = 0
 
     async def _open_loop(self, session: aiohttp.ClientSession, zero_s: float) -> None:
-        async with self._phase() as tasks:
-            for job in self._measured:
-                due_s = zero_s + (job.at_s or 0.0)
-                if (wait_s := due_s - time.monotonic()) > 0.0:
-                    await asyncio.sleep(wait_s)
-                tasks.create_task(self._ask(session, job, due_s))
+        with Alarm() as alarm:
+            async with self._phase() as tasks:
+                for job in self._measured:
+                    due_s = zero_s + (job.at_s or 0.0)
+                    await alarm.until(due_s)
+                    tasks.create_task(self._ask(session, job, due_s))
 
     async def _closed_loop(
         self, session: aiohttp.ClientSession, jobs: Sequence[_Job], slots: int, zero_s: float
@@ -277,7 +289,7 @@ class _Driver:
 
     async def _exchange(self, session: aiohttp.ClientSession, job: _Job, arrived: _Arrivals) -> None:
         body = b'%b, "max_tokens": %d, "prompt": %b}' % (self._body_head, job.max_tokens, job.prompt)
-        async with session.post(self._url, data=body, allow_redirects=False, trace_request_ctx=job) as response:
+        async with session.post(self._url, data=_Body(body, job), allow_redirects=False) as response:
             job.head_s, job.status = time.monotonic(), response.status
             if response.status != 200:
                 said = (await response.content.read(2000)).decode("utf-8", "replace")
@@ -299,11 +311,11 @@ class _Driver:
 
     async def _feel_the_pulse(self) -> None:
         """How late is the event loop? As late as this are the moments that it gives to what arrives."""
-        due_s = time.monotonic()
-        while True:
-            due_s = max(due_s + _HEARTBEAT_S, time.monotonic())
-            await asyncio.sleep(due_s - time.monotonic())
-            self._loop_lag_s.append(time.monotonic() - due_s)
+        with Alarm() as alarm:
+            while True:
+                due_s = time.monotonic() + _HEARTBEAT_S
+                await alarm.until(due_s)
+                self._loop_lag_s.append(time.monotonic() - due_s)
 
     def _load_run(self, began_at: datetime, zero_s: float, busy_share: float) -> LoadRun:
         requests = tuple(_timing(job, zero_s) for job in self._measured)
@@ -360,12 +372,6 @@ class _Driver:
                 f"{sum(failures.values())} of {len(self._measured)} requests failed ({told}); first {first.id}: "
                 f"{first.detail}"
             )
-
-
-async def _note_sending(_: aiohttp.ClientSession, context: Any, __: aiohttp.TraceRequestChunkSentParams) -> None:
-    """Called just before head and body go to the socket in one write."""
-    job: _Job = context.trace_request_ctx
-    job.sent_s = time.monotonic()
 
 
 def _timing(job: _Job, zero_s: float) -> RequestTiming:

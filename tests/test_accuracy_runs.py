@@ -22,7 +22,7 @@ from lmeval_cases import CHOICE, write_model, write_task
 from parity import accuracy, cli, collect, config, display, judge, lmeval, store
 from parity.accuracy import Questions
 from parity.config import Target
-from parity.errors import ConfigError, EngineError, ParityError
+from parity.errors import ConfigError, EngineError, IncomparableError, ParityError
 from parity.evals import TaskRun
 from parity.judge import Evidence
 from parity.lmeval import SAMPLES
@@ -262,7 +262,7 @@ def test_a_recording_with_wrong_answers_does_not_pass(many: int, wanted: Outcome
     directory = copied / accuracy.CANDIDATE
     edited = wrong_on(store.read(directory), lost)
     shutil.rmtree(directory)
-    whole.questions.score(edited, save(directory, edited))
+    whole.questions.score(store.read(save(directory, edited)), directory)
     verdict = judge.judge(judge.gather(copied), "accuracy")
     assert verdict.outcome is wanted
     finding = verdict.findings[0]
@@ -320,6 +320,29 @@ def test_samples_that_cannot_be_read_leave_every_other_verdict_and_the_decision(
     assert "could not judge accuracy: " in shown
     assert "UNDECIDED" in shown
     assert f"report: {copied / 'report'}" in shown
+
+
+def test_answers_that_cannot_be_scored_keep_no_other_check_from_judging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gave_up(*_: object) -> Path:
+        raise EngineError("drill gave up request 'choose/3/0'")
+
+    monkeypatch.setattr(Questions, "score", gave_up)
+    suite = made(tmp_path, asked={"tasks": ["choose"]})
+    for evidence in (collected(suite), judge.gather(suite.run)):
+        with pytest.raises(IncomparableError, match="gave up request"):
+            judge.judge(evidence, "accuracy")
+        assert judge.judge(evidence, "greedy") is not None
+        assert "accuracy" in judge.conclude(evidence).could_not
+
+
+def test_samples_of_another_recording_are_refused(whole: Whole, copied: Path) -> None:
+    path = copied / "accuracy-candidate" / lmeval.SAMPLES
+    digest = whole.evidence.recordings["accuracy-candidate"].digest
+    path.write_text(path.read_text().replace(digest, "0" * 64))
+    with pytest.raises(IncomparableError, match="are not of the recording beside them"):
+        judge.judge(judge.gather(copied), "accuracy")
 
 
 def test_scores_that_cannot_be_compared_leave_the_table_of_what_is_kept(whole: Whole, copied: Path) -> None:

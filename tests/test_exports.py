@@ -126,7 +126,7 @@ def test_one_start_has_no_spread_and_claims_none() -> None:
 
 
 def test_the_names_do_not_hold_the_engines_version_so_that_a_line_goes_on_through_an_upgrade() -> None:
-    upgraded = exports.export(RUNS, PROFILE, target="cpu", labels={side: "vllm 2.0" for side in LABELS})
+    upgraded = exports.export(RUNS, PROFILE, target="cpu", labels=dict.fromkeys(LABELS, "vllm 2.0"))
     for name in (BIGGER, SMALLER):
         assert [e["name"] for e in json.loads(upgraded[name])] == [e["name"] for e in json.loads(files()[name])]
     assert json.loads(upgraded[BENCHER]) == json.loads(files()[BENCHER])

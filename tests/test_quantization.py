@@ -352,15 +352,15 @@ def test_a_simulated_build_holds_the_same_numbers(quantize: Any, made: Any, name
 
 
 @pytest.mark.real
-def test_a_calibrated_build_loses_less_than_round_to_nearest(made: Any) -> None:
-    """GPTQ moves weights away from the nearest numbers: farther from the source, and not the same."""
+def test_gptq_moves_weights_away_from_the_nearest_numbers(made: Any) -> None:
+    """Farther from the source than rounding is, as it makes up for one weight's error in others; but not lost."""
     source, gptq, rtn = read(made.source), read(made("int4-gptq-simulated")), read(made("int4-rtn-simulated"))
     layers = [n for n in source if n.endswith("_proj.weight")]
     distance = {
         name: sum(float(np.sum((build[n] - source[n]) ** 2)) for n in layers)
         for name, build in (("gptq", gptq), ("rtn", rtn))
     }
-    assert distance["rtn"] < distance["gptq"] < 2 * distance["rtn"]
+    assert 1.2 * distance["rtn"] < distance["gptq"] < 4 * distance["rtn"]
 
 
 @pytest.mark.real

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from parity.cli import evaluations, goldens, machine, performance, runs, upgrades
+from parity.cli import evaluations, goldens, machine, payoff, performance, runs, upgrades
 from parity.cli.console import EXIT_COULD_NOT_JUDGE, EXIT_INTERRUPTED
 from parity.errors import ParityError
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "undecided, 130 interrupted",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (upgrades, runs, evaluations, performance, goldens, machine):
+    for module in (upgrades, runs, evaluations, performance, payoff, goldens, machine):
         module.add(verbs)
     return parser
 
