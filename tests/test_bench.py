@@ -257,7 +257,7 @@ def test_servers_are_started_and_measured_by_the_commands_of_the_target(
     assert "toy, tpot_p50_s: " in said
     assert "PASS" not in said
     row = next(line for line in said.splitlines() if line.startswith("tpot_p50_s"))
-    assert 0.002 < float(row.split()[1])  # 0.004 s, as well as a busy machine keeps it
+    assert float(row.split()[1]) > 0.002  # 0.004 s, as well as a busy machine keeps it
     assert (root / "home" / "performance" / "mine" / "toy" / "history.json").is_file()
 
 
