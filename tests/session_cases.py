@@ -61,9 +61,16 @@ def starts(
     ]
 
 
-def write_session(home: Path, *, reference: Sequence[LoadRun], candidate: Sequence[LoadRun], number: int = 1) -> Path:
-    """`home/performance/cpu/toy/NNNN`, finished."""
-    directory = home / "performance" / "cpu" / "toy" / f"{number:04}"
+def write_session(
+    home: Path,
+    *,
+    reference: Sequence[LoadRun],
+    candidate: Sequence[LoadRun],
+    number: int = 1,
+    of: tuple[str, str] = ("cpu", "toy"),
+) -> Path:
+    """`home/performance/TARGET/PROFILE/NNNN`, finished; of: target and profile."""
+    directory = home / "performance" / of[0] / of[1] / f"{number:04}"
     directory.mkdir(parents=True)
     sides = {
         side: {
@@ -75,8 +82,8 @@ def write_session(home: Path, *, reference: Sequence[LoadRun], candidate: Sequen
     }
     asked = {
         "what": "comparison",
-        "target": "cpu",
-        "profile": "toy",
+        "target": of[0],
+        "profile": of[1],
         "plan": "0123456789abcdef",
         "hardware": {"host.cpu": "EPYC"},
         "limits": {name: getattr(Limits(), name) for name in Limits.__slots__},

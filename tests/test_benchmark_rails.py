@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from parity import benchmark_rails, performance_sessions, service_metrics, timings
-from parity.errors import RecordingError
+from parity import bench, benchmark_rails, performance_sessions, service_metrics, timings
+from parity.errors import EngineError, RecordingError
 from parity.timings import LoadRun
 from session_cases import FACTS, GPU, PROFILE, starts, write_session, write_suites
 
@@ -35,6 +35,19 @@ def pytest_configure(config):
     config.stash[rails.ASKED] = rails.Asked(
         suites=config.rootpath / "suites", home=config.rootpath / ".parity", targets=(),
         recordings=Path({recordings!r}), inconclusive_fails={strict})
+"""
+MEASURES = """
+from pathlib import Path
+import pytest
+from parity import benchmark_rails as rails
+
+pytest_plugins = [{rails!r}]
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    config.stash[rails.ASKED] = rails.Asked(
+        suites=Path({suites!r}), home=config.rootpath / ".parity", targets=("cpu-serve",), recordings=None,
+        inconclusive_fails=False)
 """
 VERDICT = "test_performance.py::test_performance"
 CANDIDATE = starts()[::-1]  # as fast as the reference, and no start like its other
@@ -227,6 +240,39 @@ def test_a_comparison_that_cannot_be_read_fails_with_one_sentence(pytester: pyte
         path.unlink()
     result = suite.run(VERDICT)
     result.stdout.fnmatch_lines(["*parity could not judge:*has no complete pair of starts*"])
+
+
+@dataclass(frozen=True)
+class Stub:
+    """In the place of `Bench`: what it would have measured is written, and how often is counted."""
+
+    asked: list[str]
+    fails: bool = False
+
+    def of(self, target: Any, asked: Any, profile: str, limits: Any, recorder: Any, home: Path) -> Stub:
+        self.asked.append(profile)
+        if self.fails:
+            raise EngineError("the server died")
+        write_session(home, reference=starts(), candidate=CANDIDATE, of=(target.name, profile))
+        return self
+
+    def compare(self, golden: Any) -> None: ...
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_recordings_each_profile_is_measured_once_whatever_asks_for_it_and_a_failure_is_not_tried_again(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    stub = Stub(asked=[], fails=fails)
+    monkeypatch.setattr(bench, "Bench", stub)
+    pytester.makeconftest(MEASURES.format(rails=RAILS, suites=str(SUITE.parent)))
+    pytester.makepyfile(test_performance=SUITE.read_text("utf-8"))
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-k", "tpot_p50_s or not test_metric")
+    assert sorted(stub.asked) == ["small_batch", "small_machine"]
+    if fails:
+        result.stdout.fnmatch_lines(["*parity could not judge: the server died*"])
+    else:
+        assert result.ret == 0, result.stdout.str()
 
 
 def test_half_a_pair_is_left_out_and_a_damaged_start_is_named(tmp_path: Path) -> None:

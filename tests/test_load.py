@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from mock_server import serving
 from parity import service_load, timings
+from parity.alarm import Alarm
 from parity.errors import ConfigError, EngineError
 from parity.service_answer import Answer, Expected, Reader
 from parity.service_load import Limits, drive
@@ -344,6 +346,18 @@ def test_a_url_is_taken_with_and_without_its_version(given: str) -> None:
 def test_what_is_no_url_is_refused_before_anything_starts(given: str) -> None:
     with pytest.raises(ConfigError, match="is no url of a server; write it as 'http://host:port'"):
         drive(planned(ClosedLoop(concurrency=1), 1), url=given, model="m")
+
+
+def test_an_alarm_rings_when_it_should_and_never_early() -> None:
+    async def late_s(after_s: float) -> float:
+        with Alarm() as alarm:
+            await alarm.until(time.monotonic() - 1.0)
+            due_s = time.monotonic() + after_s
+            await alarm.until(due_s)
+            return time.monotonic() - due_s
+
+    for after_s in (0.0, 0.0004, 0.003, 0.03):
+        assert -1e-6 < asyncio.run(late_s(after_s)) < LOOSE_S
 
 
 # Reading one answer ---------------------------------------------------------------------------------------------------

@@ -315,7 +315,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     shutil.rmtree(place)
 
 
-@pytest.mark.real
+@pytest.mark.quantized
 @pytest.mark.parametrize("name", ["w8a16", "w8a8", "int4-rtn", "int4-broken"])
 def test_the_library_rounds_to_nearest(quantize: Any, made: Any, name: str) -> None:
     """Every stored number and scale is what the formula gives; embeddings and norms are the source's."""
@@ -334,7 +334,7 @@ def test_the_library_rounds_to_nearest(quantize: Any, made: Any, name: str) -> N
         assert np.array_equal(source[tensor], stored[tensor]), tensor
 
 
-@pytest.mark.real
+@pytest.mark.quantized
 @pytest.mark.parametrize("name", ["w8a16", "int4-gptq", "int4-rtn", "int4-broken"])
 def test_a_simulated_build_holds_the_same_numbers(quantize: Any, made: Any, name: str) -> None:
     """Scale times whole number, rounded to bfloat16, is what lies in the simulated directory, bit for bit."""
@@ -351,7 +351,7 @@ def test_a_simulated_build_holds_the_same_numbers(quantize: Any, made: Any, name
             assert np.array_equal(weights, stored[tensor]), tensor
 
 
-@pytest.mark.real
+@pytest.mark.quantized
 def test_gptq_moves_weights_away_from_the_nearest_numbers(made: Any) -> None:
     """Farther from the source than rounding is, as it makes up for one weight's error in others; but not lost."""
     source, gptq, rtn = read(made.source), read(made("int4-gptq-simulated")), read(made("int4-rtn-simulated"))
@@ -363,7 +363,7 @@ def test_gptq_moves_weights_away_from_the_nearest_numbers(made: Any) -> None:
     assert 1.2 * distance["rtn"] < distance["gptq"] < 4 * distance["rtn"]
 
 
-@pytest.mark.real
+@pytest.mark.quantized
 @pytest.mark.parametrize("name", ["w8a16", "w8a8", "int4-gptq", "int4-awq", "int4-rtn", "int4-broken", "fp8"])
 def test_the_same_bytes_come_out_twice(made: Any, name: str) -> None:
     """Every file, the notes on its making included; tokenizer, template and generation settings are the source's."""

@@ -27,6 +27,10 @@ def add(verbs: Any) -> None:
         "--pairs", type=int, metavar="N", help="at most N pairs of starts (default: until it is certain)"
     )
     bench.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="of the candidate, e.g. options.max_num_seqs=4; repeatable",
+    )  # fmt: skip
+    bench.add_argument(
         "--golden", action="store_true", help="hold starts of the candidate alone against the accepted days"
     )
     bench.add_argument("--accept", action="store_true", help="with --golden: add these starts to the accepted days")
@@ -156,12 +160,14 @@ def _traffic(options: argparse.Namespace) -> int:
 
 def _benches(options: argparse.Namespace, display: Display) -> list[Bench]:
     """One for each profile that is asked."""
-    from parity import config, judge  # noqa: PLC0415
+    from parity import config, judge, upgrade  # noqa: PLC0415
     from parity.bench import Bench  # noqa: PLC0415
     from parity.record import Places, Recorder  # noqa: PLC0415
 
     path = options.suites / "targets.toml"
     target = config.read_target(path, options.target)
+    if settings := getattr(options, "settings", []):
+        target = replace(target, candidate=upgrade.spec_of(None, target, model=None, settings=settings))
     if target.performance is None and options.profile is None:
         raise ConfigError(
             f"{path} [targets.{target.name}] says nothing of performance; add performance = {{ profiles = [...] }}, or "
