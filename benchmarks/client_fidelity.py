@@ -119,9 +119,19 @@ def told(run: LoadRun) -> str:
     return f"{facts}; warnings: {list(run.warnings) or 'none'}"
 
 
+# Not through vLLM's command line, which asks for the version of a package named "vllm"; its CPU build has another name.
+VLLM_BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
 def vllm(job: Job, python: str) -> Seen:
     argv = [
-        *(python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai", "--base-url", job.url),
+        *(python, "-c", VLLM_BENCH_SERVE, "--backend", "openai", "--base-url", job.url),
         *("--endpoint", "/v1/completions", "--model", "mock", "--tokenizer", str(job.tokenizer), "--ignore-eos"),
         *("--dataset-name", "random", "--random-input-len", str(PROMPT), "--random-output-len", str(OUTPUT)),
         *("--num-prompts", str(job.requests), "--request-rate", str(job.rate_per_s), "--disable-tqdm"),

@@ -338,9 +338,11 @@ def _header(options: _Options) -> list[str]:
     from parity import config, fingerprint  # noqa: PLC0415
 
     if options.recordings is not None:
-        from parity import judge  # noqa: PLC0415
+        from parity import judge, performance_sessions  # noqa: PLC0415
         from parity.reports import terminal  # noqa: PLC0415
 
+        if performance_sessions.is_session(options.recordings):
+            return [f"parity: the comparison of performance in {options.recordings}"]
         evidence = judge.gather(options.recordings)
         return [f"parity: {line}" for line in terminal.sides(evidence.reference, evidence.candidate)]
     lines = []

@@ -13,34 +13,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import json
 import os
 import platform
 import resource
-import statistics
 import sys
 import threading
 import time
 from array import array
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
+from parity import service_jobs as jobs
 from parity import timings
 from parity.alarm import Alarm
 from parity.fingerprint import Scalar
-from parity.service_answer import Answer, Expected, Reader
-from parity.timings import Failure, LoadRun, RequestTiming
+from parity.service_answer import Expected, Reader
+from parity.service_jobs import Job
+from parity.timings import Failure, LoadRun
 
 _LEAD_S = 0.05  # between "go" and the first request's moment
-_LATE_S = 0.002  # a client that is later than this is part of what it measures
-_LATE_SHARE = 0.01
 _HEARTBEAT_S = 0.02
 _PORTION = 16  # pieces of an answer, read in a fraction of a millisecond
 _KEEP_ALIVE_S = 2.0  # below every server's own limit: one that closes just as we send would look like a failure
@@ -57,30 +56,10 @@ _DIALECTS: tuple[tuple[str, Mapping[str, Any]], ...] = (
 """What is asked beside the OpenAI API's core, most first; a server that refuses gets the next."""
 
 
-@dataclass(slots=True, kw_only=True)
-class _Job:
-    """One request and what became of it; moments are of the monotonic clock."""
-
-    id: str
-    at_s: float | None
-    max_tokens: int
-    prompt_tokens: int
-    prompt: bytes
-    scheduled_s: float = 0.0
-    started_s: float = 0.0
-    sent_s: float | None = None
-    head_s: float | None = None
-    ended_s: float = 0.0
-    status: int | None = None
-    answer: Answer | None = None
-    failure: Failure | None = None
-    detail: str = ""
-
-
 class _Body(aiohttp.BytesPayload):
     """A request's body that notes when it is sent; its head is sent with it, in one write."""
 
-    def __init__(self, data: bytes, job: _Job) -> None:
+    def __init__(self, data: bytes, job: Job) -> None:
         super().__init__(data, content_type="application/json")
         self._job = job
 
@@ -99,12 +78,13 @@ class _Arrivals:
 
 def main() -> int:
     """Read the plan, drive it, write the run."""
-    order, jobs = _read_plan(sys.stdin.buffer)
+    order, plan = _read_plan(sys.stdin.buffer)
     threading.Thread(target=_end_with_host, name="parity-host", daemon=True).start()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))  # a connection for each request
-    run = asyncio.run(_Driver(order, jobs, sys.stdout.buffer).run())
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        run = runner.run(_Driver(order, plan, sys.stdout.buffer).run())
     _say(sys.stdout.buffer, event="finished", lines=1 + len(run.requests))
     for line in timings.to_json_lines(run):
         sys.stdout.buffer.write(line.encode())
@@ -112,14 +92,14 @@ def main() -> int:
     return 0
 
 
-def _read_plan(stream: IO[bytes]) -> tuple[dict[str, Any], list[_Job]]:
+def _read_plan(stream: IO[bytes]) -> tuple[dict[str, Any], list[Job]]:
     order: dict[str, Any] = json.loads(stream.readline())
-    jobs = []
+    found = []
     for _ in range(order["warmup"] + order["requests"]):
         head, _, prompt = stream.readline().rstrip(b"\n").partition(b"\t")
         name, at_s, max_tokens, prompt_tokens = json.loads(head)
-        jobs.append(_Job(id=name, at_s=at_s, max_tokens=max_tokens, prompt_tokens=prompt_tokens, prompt=prompt))
-    return order, jobs
+        found.append(Job(id=name, at_s=at_s, max_tokens=max_tokens, prompt_tokens=prompt_tokens, prompt=prompt))
+    return order, found
 
 
 def _end_with_host() -> None:
@@ -129,10 +109,32 @@ def _end_with_host() -> None:
     os._exit(1)
 
 
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """That of uvloop where it is installed: measured, the client then needs a third less of its core."""
+    with contextlib.suppress(ImportError):
+        return cast("Callable[[], asyncio.AbstractEventLoop]", importlib.import_module("uvloop").new_event_loop)
+    return None
+
+
+@contextlib.contextmanager
+def _first_in_line() -> Iterator[bool]:
+    """Real-time scheduling where we may have it (as root): an engine that keeps all cores busy makes us late otherwise.
+
+    Measured with two of two cores busy: the event loop's lag p99 fell from 3.7 to 0.3 ms; nice -10 left it as it was.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield os.sched_getscheduler(0) == os.SCHED_RR
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 class _Driver:
-    def __init__(self, order: Mapping[str, Any], jobs: Sequence[_Job], out: IO[bytes]) -> None:
+    def __init__(self, order: Mapping[str, Any], plan: Sequence[Job], out: IO[bytes]) -> None:
         self._order = order
-        self._warmup, self._measured = jobs[: order["warmup"]], jobs[order["warmup"] :]
+        self._warmup, self._measured = plan[: order["warmup"]], plan[order["warmup"] :]
         self._out = out
         self._url = URL(f"{order['url']}/v1/completions")
         self._takes, self._extras = _DIALECTS[0]
@@ -143,22 +145,24 @@ class _Driver:
         self._tasks: asyncio.TaskGroup
 
     async def run(self) -> LoadRun:
+        self._loop_name = type(asyncio.get_running_loop()).__module__.partition(".")[0]
         async with self._session() as session:
             await self._learn_dialect(session)
             await self._warm_up(session)
             gc.collect()
             gc.freeze()  # the plan need not be looked through again by every collection
-            began_at, cpu_s = datetime.now(timezone.utc), time.process_time()
-            zero_s = time.monotonic() + _LEAD_S
-            _say(self._out, event="began", zero_s=zero_s)
-            watching = [asyncio.create_task(self._tell()), asyncio.create_task(self._feel_the_pulse())]
-            if self._order["concurrency"] is None:
-                await self._open_loop(session, zero_s)
-            else:
-                await self._closed_loop(session, self._measured, self._order["concurrency"], zero_s)
-            for task in watching:
-                task.cancel()
-            busy_share = (time.process_time() - cpu_s) / (time.monotonic() - zero_s + _LEAD_S)
+            with _first_in_line() as self._real_time:
+                began_at, cpu_s = datetime.now(timezone.utc), time.process_time()
+                zero_s = time.monotonic() + _LEAD_S
+                _say(self._out, event="began", zero_s=zero_s)
+                watching = [asyncio.create_task(self._tell()), asyncio.create_task(self._feel_the_pulse())]
+                if self._order["concurrency"] is None:
+                    await self._open_loop(session, zero_s)
+                else:
+                    await self._closed_loop(session, self._measured, self._order["concurrency"], zero_s)
+                for task in watching:
+                    task.cancel()
+                busy_share = (time.process_time() - cpu_s) / (time.monotonic() - zero_s + _LEAD_S)
         return self._load_run(began_at, zero_s, busy_share)
 
     def _session(self) -> aiohttp.ClientSession:
@@ -181,7 +185,7 @@ class _Driver:
         for takes, extras in _DIALECTS:
             self._use(takes, extras)
             # One token fills no block of any prefix cache.
-            job = _Job(id="dialect", at_s=None, max_tokens=2, prompt_tokens=1, prompt=b"[" + first + b"]")
+            job = Job(id="dialect", at_s=None, max_tokens=2, prompt_tokens=1, prompt=b"[" + first + b"]")
             async with self._phase():
                 await self._ask(session, job, time.monotonic())
             if job.status not in (400, 422):
@@ -221,7 +225,7 @@ class _Driver:
                     tasks.create_task(self._ask(session, job, due_s))
 
     async def _closed_loop(
-        self, session: aiohttp.ClientSession, jobs: Sequence[_Job], slots: int, zero_s: float
+        self, session: aiohttp.ClientSession, jobs: Sequence[Job], slots: int, zero_s: float
     ) -> None:
         waiting = iter(jobs)
 
@@ -243,7 +247,7 @@ class _Driver:
         async with asyncio.TaskGroup() as self._tasks:
             yield self._tasks
 
-    async def _ask(self, session: aiohttp.ClientSession, job: _Job, scheduled_s: float) -> None:
+    async def _ask(self, session: aiohttp.ClientSession, job: Job, scheduled_s: float) -> None:
         job.scheduled_s, job.started_s = scheduled_s, time.monotonic()
         arrived = _Arrivals()
         try:
@@ -265,7 +269,7 @@ class _Driver:
             job.failure, job.detail = Failure.CLOSED, "an empty answer"
         self._count(job)
 
-    async def _read(self, job: _Job, arrived: _Arrivals) -> None:
+    async def _read(self, job: Job, arrived: _Arrivals) -> None:
         """What the answer says; in portions, so that what arrives meanwhile gets its moment in time."""
         reader = Reader(
             Expected(
@@ -283,11 +287,11 @@ class _Driver:
             job.failure, job.detail = job.answer.failure, job.answer.detail
         self._count(job)
 
-    def _count(self, job: _Job) -> None:
+    def _count(self, job: Job) -> None:
         self._done += 1
         self._failed += job.failure is not None
 
-    async def _exchange(self, session: aiohttp.ClientSession, job: _Job, arrived: _Arrivals) -> None:
+    async def _exchange(self, session: aiohttp.ClientSession, job: Job, arrived: _Arrivals) -> None:
         body = b'%b, "max_tokens": %d, "prompt": %b}' % (self._body_head, job.max_tokens, job.prompt)
         async with session.post(self._url, data=_Body(body, job), allow_redirects=False) as response:
             job.head_s, job.status = time.monotonic(), response.status
@@ -318,87 +322,27 @@ class _Driver:
                 self._loop_lag_s.append(time.monotonic() - due_s)
 
     def _load_run(self, began_at: datetime, zero_s: float, busy_share: float) -> LoadRun:
-        requests = tuple(_timing(job, zero_s) for job in self._measured)
-        begin_s = min(request.scheduled_s for request in requests)
-        lag_s = [job.started_s - job.scheduled_s for job in self._measured]
         facts: dict[str, Scalar] = {
-            "client.version": f"aiohttp {aiohttp.__version__}, Python {platform.python_version()}",
+            "client.version": f"{self._loop_name}, aiohttp {aiohttp.__version__}, Python {platform.python_version()}",
             "client.asks": self._takes,
+            "client.real_time": self._real_time,
             "client.cpu_share": round(busy_share, 3),
             "client.peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
-            "client.lag_p50_s": _quantile(lag_s, 0.5),
-            "client.lag_p99_s": _quantile(lag_s, 1.0 - _LATE_SHARE),
-            "client.loop_lag_p99_s": _quantile(self._loop_lag_s, 1.0 - _LATE_SHARE),
             "client.zero_monotonic_s": round(zero_s, 6),
+            **jobs.lags(self._measured, self._loop_lag_s),
         }
+        requests = tuple(jobs.timing(job, zero_s) for job in self._measured)
         return LoadRun(
             profile=self._order["profile"],
             seed=self._order["seed"],
             began_at=began_at.isoformat(timespec="milliseconds"),
-            measured_s=max(request.ended_s for request in requests) - begin_s,
+            measured_s=max(r.ended_s for r in requests) - min(r.scheduled_s for r in requests),
             requests=requests,
             host=(),
             facts=facts,
             start_up_s=None,
-            warnings=(*self._warnings, *self._doubts(facts)),
+            warnings=(*self._warnings, *jobs.doubts(self._measured, facts)),
         )
-
-    def _doubts(self, facts: Mapping[str, Any]) -> Iterator[str]:
-        at_once = len(self._measured) > 1 and all(job.at_s == 0.0 for job in self._measured)
-        if facts["client.lag_p99_s"] > _LATE_S and not at_once:  # nobody can send a whole batch at one moment
-            yield (
-                f"the client itself was the limit: one request in a hundred was sent more than "
-                f"{1e3 * facts['client.lag_p99_s']:.1f} ms after it was due (at most {1e3 * _LATE_S:g} ms is sound); "
-                "give it a core of its own or ask less"
-            )
-        if facts["client.loop_lag_p99_s"] > _LATE_S:
-            yield (
-                f"the client itself was the limit: its clock was read up to "
-                f"{1e3 * facts['client.loop_lag_p99_s']:.1f} ms late (99 of 100 times less; at most "
-                f"{1e3 * _LATE_S:g} ms is sound), and so late are its moments; give it a core of its own or ask less"
-            )
-        complete = [job.answer for job in self._measured if job.failure is None and job.answer is not None]
-        uncounted = sum(answer.output_tokens is None for answer in complete)
-        if uncounted:
-            yield (
-                f"the server did not count the tokens of {uncounted} of {len(complete)} answers: nothing in tokens can "
-                "be measured on them"
-            )
-        failures = Counter(job.failure for job in self._measured if job.failure is not None)
-        if failures:
-            told = ", ".join(f"{count} {failure.value}" for failure, count in failures.most_common())
-            first = next(job for job in self._measured if job.failure is not None)
-            yield (
-                f"{sum(failures.values())} of {len(self._measured)} requests failed ({told}); first {first.id}: "
-                f"{first.detail}"
-            )
-
-
-def _timing(job: _Job, zero_s: float) -> RequestTiming:
-    def since(moment_s: float) -> float:
-        return round(moment_s - zero_s, 6)
-
-    answer = job.answer
-    return RequestTiming(
-        id=job.id,
-        scheduled_s=since(job.scheduled_s),
-        sent_s=None if job.sent_s is None else since(job.sent_s),
-        first_byte_s=None if job.head_s is None else since(job.head_s),
-        chunk_s=() if answer is None else tuple(map(since, answer.chunk_s)),
-        chunk_tokens=None if answer is None or answer.chunk_tokens is None else tuple(answer.chunk_tokens),
-        prompt_tokens=None if answer is None else answer.prompt_tokens,
-        output_tokens=None if answer is None else answer.output_tokens,
-        ended_s=since(job.ended_s),
-        status=job.status,
-        failure=job.failure,
-        detail=job.detail,
-    )
-
-
-def _quantile(values: Sequence[float] | array[float], share: float) -> float:
-    if len(values) < 2:
-        return round(max(values, default=0.0), 6)
-    return round(statistics.quantiles(values, n=1000, method="inclusive")[round(1000 * share) - 1], 6)
 
 
 def _say(out: IO[bytes], **event: Any) -> None:

@@ -85,6 +85,12 @@ def suite_of(
     return Suite(pytester=pytester, directory=directory)
 
 
+@pytest.fixture(autouse=True)
+def _not_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark switches itself off in a worker of pytest-xdist, which may run these tests."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> Suite:
     return suite_of(pytester)
