@@ -93,6 +93,7 @@ def test_every_request_of_an_open_loop_is_timed_from_its_schedule_to_its_end(url
         assert (got.prompt_tokens, got.output_tokens, got.status, got.detail) == (10, 8, 200, "")
     assert run.measured_s == pytest.approx(max(r.ended_s for r in run.requests) - run.requests[0].scheduled_s, abs=1e-5)
     assert (run.profile, run.seed, run.facts["plan.sha256"]) == ("test", 3, asked.sha256())
+    assert isinstance(run.facts["client.real_time"], bool)
     assert timings.from_json_lines("".join(timings.to_json_lines(run))) == run
 
 
