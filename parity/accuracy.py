@@ -60,14 +60,15 @@ class Questions:
         tasks = lmeval.load_tasks(asked.tasks, folder=asked.folder, model=model)
         return cls(tasks=tasks, workload=lmeval.workload_of(tasks, limit=asked.limit), limit=asked.limit)
 
-    def score(self, recording: Recording, directory: Path) -> Path:
-        """Score a side's answers, write the samples beside its recording, and return that directory.
+    def score(self, recording: Recording, directory: Path) -> tuple[TaskRun, ...]:
+        """Score a side's answers and write the samples beside its recording.
 
         Raises:
             ParityError: If an answer cannot be scored, or the samples cannot be written.
         """
-        lmeval.save_samples(directory, lmeval.runs_of(self.tasks, recording, limit=self.limit))
-        return directory
+        runs = lmeval.runs_of(self.tasks, recording, limit=self.limit)
+        lmeval.save_samples(directory, runs)
+        return runs
 
 
 def evaluate(target: Target, recorder: Recorder, tasks: Tasks, *, limit: int | None) -> Evaluation:
@@ -78,12 +79,11 @@ def evaluate(target: Target, recorder: Recorder, tasks: Tasks, *, limit: int | N
         ParityError: If an engine cannot run, or an answer cannot be scored.
     """
     limits = judge.limits_of("accuracy", target.limits.get("accuracy", {}), target.policy)
-    workload = lmeval.workload_of(tasks, limit=limit)
-    ours = recorder.record(target.reference, {REFERENCE: workload})[REFERENCE]
-    theirs = recorder.record(target.candidate, {CANDIDATE: workload})[CANDIDATE]
-    reference, candidate = (lmeval.runs_of(tasks, recording, limit=limit) for recording in (ours, theirs))
-    lmeval.save_samples(recorder.directory / REFERENCE, reference)
-    lmeval.save_samples(recorder.directory / CANDIDATE, candidate)
+    questions = Questions(tasks=tasks, workload=lmeval.workload_of(tasks, limit=limit), limit=limit)
+    ours = recorder.record(target.reference, {REFERENCE: questions.workload})[REFERENCE]
+    theirs = recorder.record(target.candidate, {CANDIDATE: questions.workload})[CANDIDATE]
+    reference = questions.score(ours, recorder.directory / REFERENCE)
+    candidate = questions.score(theirs, recorder.directory / CANDIDATE)
     verdict = accuracy.judge_tasks(
         reference,
         candidate,
@@ -102,9 +102,9 @@ def evaluate_until_certain(target: Target, recorder: Recorder, tasks: Tasks, *, 
         ParityError: If an engine cannot run, or an answer cannot be scored.
     """
     limits = judge.limits_of("accuracy", target.limits.get("accuracy", {}), target.policy)
-    ours = recorder.record(target.reference, {REFERENCE: lmeval.workload_of(tasks, limit=limit)})[REFERENCE]
-    reference = lmeval.runs_of(tasks, ours, limit=limit)
-    lmeval.save_samples(recorder.directory / REFERENCE, reference)
+    questions = Questions(tasks=tasks, workload=lmeval.workload_of(tasks, limit=limit), limit=limit)
+    ours = recorder.record(target.reference, {REFERENCE: questions.workload})[REFERENCE]
+    reference = questions.score(ours, recorder.directory / REFERENCE)
     known = Documents.of(reference)
     monitor = sequential.monitor(
         known.keys,

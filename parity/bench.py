@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ from parity.engines import EngineSpec
 from parity.errors import ConfigError, EngineError, RecordingError
 from parity.fingerprint import Scalar
 from parity.lmeval.tokenizer import HostTokenizer
-from parity.losses import Floats, losses
 from parity.performance_history import History
 from parity.prompts import sha256_of_json
-from parity.record import Recorder, devices_locked
+from parity.record import Recorder, devices_locked, now
 from parity.regression import Control, Decision, Step
 from parity.service_metrics import DEFINITIONS
 from parity.timings import LoadRun
@@ -49,7 +47,9 @@ from parity.traffic import Plan, Profile
 from parity.verdict import Verdict
 
 REFERENCE, CANDIDATE = "reference", "candidate"
-_SESSION, _VERDICT, _HISTORY = "session.json", "verdict.json", "history.json"
+SESSION, VERDICT, HISTORY = "session.json", "verdict.json", "history.json"
+COMPARISON = "comparison"
+"""What a session of both engines says that it is, beside those of one engine alone."""
 _HARDWARE = ("host.cpu", "host.cores", "gpu.0.name", "gpu.0.driver_version", "gpu.count")
 
 
@@ -125,11 +125,8 @@ class Bench:
         blank = History(
             target=self.target, profile=self.profile.name, plan_sha256=self.plan.sha256(), hardware=_hardware()
         )
-        path = self.directory / _HISTORY
-        if not path.is_file():
-            return blank
-        found = performance_history.parse(path.read_text("utf-8"), where=str(path))
-        return found if found.is_alike(blank) else blank
+        found = read_history(self.directory / HISTORY)
+        return found if found is not None and found.is_alike(blank) else blank
 
     def compare(self, golden: History | None) -> tuple[Measured, Verdict]:
         """Measure pairs until every gated metric is decided, or no more may be asked.
@@ -143,10 +140,10 @@ class Bench:
         own = self.history
         histories = [own, *([golden] if golden is not None and golden.is_alike(own) else [])]
         spreads = performance_history.spreads(histories, self.profile.gated)
-        session = _Session.open(self, {REFERENCE: self.reference, CANDIDATE: self.candidate}, "comparison")
+        session = _Session.open(self, {REFERENCE: self.reference, CANDIDATE: self.candidate}, COMPARISON)
 
-        def wanted(measured: Measured) -> tuple[Step, int]:
-            return check.next_step(measured, self.limits)
+        def wanted(measured: Measured) -> Step:
+            return check.next_step(measured, self.limits)[0]
 
         measured = self._measure(session, spreads, wanted)
         verdict = check.judge(
@@ -166,20 +163,20 @@ class Bench:
         """
         session = _Session.open(self, {REFERENCE: side, CANDIDATE: side}, f"{pairs} pairs of itself")
 
-        def wanted(measured: Measured) -> tuple[Step, int]:
-            return (Step.PAIRS, pairs - len(measured.pairs)) if len(measured.pairs) < pairs else (Step.NOTHING, 0)
+        def wanted(measured: Measured) -> Step:
+            return Step.PAIRS if len(measured.pairs) < pairs else Step.NOTHING
 
         measured = self._measure(session, {}, wanted)
         controls = {}
         for name in measured.gated:
             metric = DEFINITIONS[name]
-            values = losses_of(measured.pairs, name)
+            values = check.losses_of(measured.pairs, metric)
             rule = self.limits.rule(metric, len(measured.gated))
             controls[name] = regression.control(values, rule, f"{side.label} with itself, {now()[:10]}")
         if not measured.disturbances:
             history = self.history.with_self_run(performance_history.self_run(now(), side.label, measured.pairs))
             self.directory.mkdir(parents=True, exist_ok=True)
-            store.write_whole(self.directory / _HISTORY, performance_history.render(history))
+            store.write_whole(self.directory / HISTORY, performance_history.render(history))
         session.close(None)
         return measured, controls
 
@@ -190,8 +187,8 @@ class Bench:
         for number in range(1, count + 1):
             path = session.path("start", number, CANDIDATE)
             run = session.read(path) or session.keep(path, self._start(self.candidate, path))
-            self._told(f"{number} of {count} starts", run)
             found.append(service_metrics.measure(run, self.profile.slo))
+            self._told(f"{number} of {count} starts", run, found[-1])
         session.close(None)
         return found
 
@@ -224,30 +221,32 @@ class Bench:
         self,
         session: _Session,
         spreads: Mapping[str, Any],
-        wanted: Callable[[Measured], tuple[Step, int]],
+        wanted: Callable[[Measured], Step],
     ) -> Measured:
         pairs: dict[str, list[Pair]] = {"pair": [], "fresh": []}
         runs: list[LoadRun] = []
-        step, number = Step.PAIRS, self.limits.least
+        step = Step.PAIRS
         while step is not Step.NOTHING:
             kind = "pair" if step is Step.PAIRS else "fresh"
-            for _ in range(int(number)):
-                both = self._pair(session, kind, len(pairs[kind]) + 1)
-                runs += both.values()
-                pairs[kind].append(_pair_of(both, self.profile))
-                # A look after each: what is decided needs no more.
-                measured = Measured(
-                    profile=self.profile.name,
-                    pairs=pairs["pair"],
-                    fresh=pairs["fresh"],
-                    gated=self.profile.gated,
-                    spreads=spreads,
-                    disturbances=regression.disturbances(runs),
-                    warnings=tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
-                )
-                if len(pairs["pair"]) >= self.limits.least and wanted(measured)[0] is not step:
-                    break
-            step, number = wanted(measured)
+            number = len(pairs[kind]) + 1
+            both = self._pair(session, kind, number)
+            runs += both.values()
+            pair = Pair.of(both[REFERENCE], both[CANDIDATE], self.profile.slo)
+            pairs[kind].append(pair)
+            for side, metrics in ((REFERENCE, pair.reference), (CANDIDATE, pair.candidate)):
+                self._told(f"{'pair' if kind == 'pair' else 'fresh pair'} {number}, {side}", both[side], metrics)
+            measured = Measured(
+                profile=self.profile.name,
+                pairs=pairs["pair"],
+                fresh=pairs["fresh"],
+                gated=self.profile.gated,
+                spreads=spreads,
+                disturbances=regression.disturbances(runs),
+                warnings=tuple(dict.fromkeys(warning for run in runs for warning in run.warnings)),
+            )
+            # A look after each: what is decided needs no more.
+            if len(pairs["pair"]) >= self.limits.least:
+                step = wanted(measured)
         return measured
 
     def _pair(self, session: _Session, kind: str, number: int) -> dict[str, LoadRun]:
@@ -260,8 +259,6 @@ class Bench:
             complete = {}
             for side in order:
                 complete[side] = session.keep(paths[side], self._start(session.sides[side], paths[side]))
-        for side in (REFERENCE, CANDIDATE):
-            self._told(f"{'pair' if kind == 'pair' else 'fresh pair'} {number}, {side}", complete[side])
         return complete
 
     def _start(self, side: Side, path: Path) -> LoadRun:
@@ -287,17 +284,11 @@ class Bench:
         service_metrics.measure(run, self.profile.slo)  # where nothing was answered, nothing is measured
         return run
 
-    def _told(self, which: str, run: LoadRun) -> None:
-        metrics = service_metrics.measure(run, self.profile.slo)
+    def _told(self, which: str, run: LoadRun, metrics: Metrics) -> None:
         said = ", ".join(f"{name} {metrics[name]:.4g}" for name in self.profile.gated if name in metrics)
         self.recorder.observer.note(f"{self.profile.name}: {which}: {said}")
         for warning in run.warnings:
             self.recorder.observer.note(f"{self.profile.name}: {which}: {warning}")
-
-
-def losses_of(pairs: Sequence[Pair], name: str) -> Floats:
-    """The losses of pairs in one metric, float64 [P]."""
-    return losses([p.reference[name] for p in pairs], [p.candidate[name] for p in pairs], DEFINITIONS[name].direction)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +315,7 @@ class _Session:
         }
         key = sha256_of_json(asked)
         earlier = sorted(path for path in bench.directory.glob("[0-9][0-9][0-9][0-9]") if path.is_dir())
-        if earlier and _key_of(earlier[-1]) == key and not (earlier[-1] / _VERDICT).is_file():
+        if earlier and _key_of(earlier[-1]) == key and not (earlier[-1] / VERDICT).is_file():
             bench.recorder.observer.note(f"going on with the unfinished comparison in {earlier[-1]}")
             return cls(directory=earlier[-1], sides=sides)
         number = int(earlier[-1].name) + 1 if earlier else 1
@@ -332,7 +323,7 @@ class _Session:
         with store.disk_errors_named(directory):
             directory.mkdir(parents=True)
             store.write_whole(
-                directory / _SESSION, json.dumps({"key": key, "began_at": now(), **asked}, indent=1) + "\n"
+                directory / SESSION, json.dumps({"key": key, "began_at": now(), **asked}, indent=1) + "\n"
             )
         return cls(directory=directory, sides=sides)
 
@@ -343,8 +334,8 @@ class _Session:
     def read(self, path: Path) -> LoadRun | None:
         """An earlier start; None where there is none, or it is damaged and must be measured again."""
         try:
-            return timings.from_json_lines(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, RecordingError):
+            return read_start(path)
+        except RecordingError:
             return None
 
     def keep(self, path: Path, run: LoadRun) -> LoadRun:
@@ -357,7 +348,7 @@ class _Session:
         """What was asked is measured; the next comparison is a new one."""
         said = {} if verdict is None else {"outcome": verdict.outcome.value, "headline": verdict.headline}
         with store.disk_errors_named(self.directory):
-            store.write_whole(self.directory / _VERDICT, json.dumps({"ended_at": now(), **said}, indent=1) + "\n")
+            store.write_whole(self.directory / VERDICT, json.dumps({"ended_at": now(), **said}, indent=1) + "\n")
 
 
 def golden_file(root: Path, target: str, profile: str) -> Path:
@@ -365,15 +356,29 @@ def golden_file(root: Path, target: str, profile: str) -> Path:
     return root / target / f"performance-{profile}.json"
 
 
-def read_golden(path: Path) -> History | None:
-    """The days of the accepted engine; None where none was accepted.
+def read_start(path: Path) -> LoadRun:
+    """One start of an engine.
+
+    Raises:
+        RecordingError: If it is missing, was cut short, or is of a newer schema.
+    """
+    try:
+        return timings.from_json_lines(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecordingError(f"{str(path)!r} cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, RecordingError) as error:
+        raise RecordingError(f"{str(path)!r}: {error}") from error
+
+
+def read_history(path: Path) -> History | None:
+    """What was measured or accepted; None where nothing was.
 
     Raises:
         RecordingError: If the file is damaged or of a newer schema.
     """
     if not path.is_file():
         return None
-    return performance_history.parse(path.read_text("utf-8"), where=f"golden {str(path)!r}")
+    return performance_history.parse(path.read_text("utf-8"), where=repr(str(path)))
 
 
 def accept(path: Path, history: History) -> None:
@@ -389,7 +394,7 @@ def accept(path: Path, history: History) -> None:
 
 def _key_of(directory: Path) -> str:
     try:
-        return str(json.loads((directory / _SESSION).read_text("utf-8"))["key"])
+        return str(json.loads((directory / SESSION).read_text("utf-8"))["key"])
     except (OSError, ValueError, LookupError, TypeError):
         return ""
 
@@ -407,17 +412,6 @@ def _side(name: str, spec: EngineSpec, other: EngineSpec, asked: Serving, record
     return Side(label=label, spec=spec, command=command, url=None, facts=facts)
 
 
-def _pair_of(both: Mapping[str, LoadRun], profile: Profile) -> Pair:
-    ours, theirs = both[REFERENCE], both[CANDIDATE]
-    failed = tuple(sum(r.failure is not None for r in run.requests) for run in (ours, theirs))
-    return Pair(
-        reference=service_metrics.measure(ours, profile.slo),
-        candidate=service_metrics.measure(theirs, profile.slo),
-        failed=(failed[0], failed[1]),
-        requests=len(ours.requests),
-    )
-
-
 def _plain_tokens(model: Path) -> list[int]:
     """Token ids of the model's vocabulary that are no special tokens, in their order."""
     try:
@@ -433,8 +427,3 @@ def _plain_tokens(model: Path) -> list[int]:
 def _hardware() -> dict[str, Scalar]:
     machine = fingerprint.machine()
     return {name: machine[name] for name in _HARDWARE if name in machine}
-
-
-def now() -> str:
-    """The time of day, in UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")

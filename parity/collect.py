@@ -97,7 +97,8 @@ def against_golden(target: Target, recorder: Recorder, shelf: Shelf) -> Evidence
     answered = found.pop(accuracy.CANDIDATE, None)
     scored = None
     if questions is not None and answered is not None:
-        scored = questions.score(answered, recorder.directory / accuracy.CANDIDATE)
+        scored = recorder.directory / accuracy.CANDIDATE
+        questions.score(answered, scored)
     return _held_against(target, recorder, accepted, shelf, found, scored)
 
 
@@ -286,11 +287,13 @@ def _scored(
     """Both sides' answers as samples, beside their recordings, or why they cannot be scored."""
     if questions is None:
         return {}, ""
-    roles = (accuracy.REFERENCE, accuracy.CANDIDATE)
+    scored = {role: recorder.directory / role for role in (accuracy.REFERENCE, accuracy.CANDIDATE)}
     try:
-        return {role: questions.score(found[role], recorder.directory / role) for role in roles}, ""
+        for role, directory in scored.items():
+            questions.score(found[role], directory)
     except ParityError as error:  # what else was recorded can be judged all the same
         return {}, str(error)
+    return scored, ""
 
 
 def _lockstep(evidence: Evidence) -> Outcome | None:

@@ -162,7 +162,7 @@ def read_target(path: Path, name: str | None) -> Target:
         raise ConfigError(f"{path} names no 'default' target; add one, or say which: {_listed(tables)}")
     chosen = _typed(data, "default", str, f"{path}", default="") if name is None else name
     if chosen not in tables:
-        raise ConfigError(_unknown("target", chosen, list(tables), str(path)))
+        raise ConfigError(unknown("target", chosen, list(tables), str(path)))
     return _target(chosen, tables[chosen], _typed(data, "workloads", dict, f"{path}", default={}), path)
 
 
@@ -231,7 +231,7 @@ def _target(name: str, table: Mapping[str, Any], workloads: Mapping[str, Any], p
         policy = Policy(table.get("policy", "equivalence"))
     except ValueError:
         valid = [p.value for p in Policy]
-        raise ConfigError(_unknown("policy", str(table["policy"]), valid, where)) from None
+        raise ConfigError(unknown("policy", str(table["policy"]), valid, where)) from None
     model = _typed(table, "model", str, where, default="")
     prompts = _typed(table, "lockstep_prompts", int, where, default=48)
     limits = _typed(table, "limits", dict, where, default={})
@@ -333,7 +333,7 @@ def _serving(table: Mapping[str, Any], side: str, where: str) -> Serving:
 def _named_workload(table: Mapping[str, Any], where: str, workloads: Mapping[str, Any], path: Path) -> Workload:
     name = _typed(table, "workload", str, where, default="")
     if name not in workloads:
-        raise ConfigError(_unknown("workload", name, list(workloads), where))
+        raise ConfigError(unknown("workload", name, list(workloads), where))
     return _workload(name, workloads[name], path)
 
 
@@ -343,7 +343,7 @@ def _engine(table: Mapping[str, Any], model: str, where: str, path: Path) -> Eng
         raise ConfigError(f"{where} needs the keys 'engine' and 'dtype'")
     dtype = _typed(table, "dtype", str, where, default="")
     if dtype not in DTYPES:
-        raise ConfigError(_unknown("dtype", dtype, DTYPES, where))
+        raise ConfigError(unknown("dtype", dtype, DTYPES, where))
     places = [key for key in ("environment", "python", "url") if key in table]
     if len(places) > 1:
         raise ConfigError(f"{where} has both {places[0]!r} and {places[1]!r}; an engine lives in one place")
@@ -491,14 +491,15 @@ def _known(table: Mapping[str, Any], valid: Sequence[str], where: str) -> None:
         raise ConfigError(f"{where} must be a table, not {table!r}")
     for key in table:
         if key not in valid:
-            raise ConfigError(_unknown("key", key, valid, where))
+            raise ConfigError(unknown("key", key, valid, where))
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names)) or "none"
 
 
-def _unknown(what: str, found: str, valid: Sequence[str], where: str) -> str:
+def unknown(what: str, found: str, valid: Sequence[str], where: str) -> str:
+    """The sentence about a word that is none of the valid ones: it names the nearest, else all."""
     near = difflib.get_close_matches(found, valid, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid are {_listed(valid)}"
     return f"{where}: unknown {what} {found!r}; {hint}"

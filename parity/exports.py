@@ -20,9 +20,6 @@ from parity.service_metrics import DEFINITIONS, Definition, Direction
 from parity.timings import LoadRun
 from parity.traffic import Profile
 
-LACKS = "import.lacks"
-"""A fact of a run: ids of samples, separated by spaces, that it looks to have and has not (see parity.load_imports)."""
-
 BIGGER, SMALLER = "bigger-is-better.json", "smaller-is-better.json"
 BENCHER, TIDY = "bencher.json", "metrics.csv"
 
@@ -65,17 +62,6 @@ class Series:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
-def metrics_of(run: LoadRun, profile: Profile) -> dict[str, float]:
-    """Every metric that the run has, by id, in the order of `DEFINITIONS`.
-
-    Raises:
-        EngineError: If no request was answered completely.
-    """
-    lacks = str(run.facts.get(LACKS, "")).split()
-    found = service_metrics.measure(run, profile.slo)
-    return {name: value for name, value in found.items() if DEFINITIONS[name].samples not in lacks}
-
-
 def table(
     runs: Mapping[str, Sequence[LoadRun]], profile: Profile, *, target: str, labels: Mapping[str, str]
 ) -> tuple[Series, ...]:
@@ -88,7 +74,7 @@ def table(
     """
     found = []
     for side, starts in runs.items():
-        measured = [metrics_of(run, profile) for run in starts]
+        measured = [service_metrics.measure(run, profile.slo) for run in starts]
         common = {name: [m[name] for m in measured] for name in DEFINITIONS if all(name in m for m in measured)}
         facts = _in_common(starts)
         for name, values in common.items() if starts else ():

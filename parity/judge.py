@@ -358,13 +358,14 @@ def _judges_samples(check: str) -> bool:
 def _of_samples(evidence: Evidence, check: str, limits: Any) -> Verdict:
     if evidence.no_accuracy:
         raise IncomparableError(evidence.no_accuracy)
-    for role in set(evidence.scored) & set(evidence.directories):
+    found = {role: lmeval.load_samples(evidence.scored[role]) for role in roles_of(check)}
+    for role in set(found) & set(evidence.directories):
         recording = store.read_header(evidence.directories[role])["digest"]
-        if any(run.invocation["recording.digest"] != recording for run in lmeval.load_samples(evidence.scored[role])):
+        if any(run.invocation["recording.digest"] != recording for run in found[role]):
             raise IncomparableError(
                 f"the samples in {str(evidence.scored[role])!r} are not of the recording beside them; record again"
             )
-    ours, theirs = (lmeval.load_samples(evidence.scored[role]) for role in roles_of(check))
+    ours, theirs = found.values()
     verdict: Verdict = checks.load(check).judge_tasks(
         ours,
         theirs,

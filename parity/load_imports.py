@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from parity.errors import RecordingError
-from parity.exports import LACKS
 from parity.fingerprint import Scalar
+from parity.service_metrics import LACKS
 from parity.timings import Failure, LoadRun, RequestTiming
 
 _SEED = 0  # none of the files says which seed was used

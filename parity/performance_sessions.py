@@ -14,19 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity import bench, performance_history, regression, timings, traffic_files
-from parity.bench import CANDIDATE, REFERENCE
+from parity import performance_history, regression, traffic_files
+from parity.bench import (
+    CANDIDATE,
+    COMPARISON,
+    HISTORY,
+    REFERENCE,
+    SESSION,
+    VERDICT,
+    golden_file,
+    read_history,
+    read_start,
+)
 from parity.checks import performance as check
 from parity.checks.performance import Limits, Measured, Pair
 from parity.errors import RecordingError
-from parity.exports import metrics_of
 from parity.performance_history import History
 from parity.timings import LoadRun
 from parity.traffic import Profile
 from parity.verdict import Verdict
 
-_SESSION, _VERDICT, _HISTORY = "session.json", "verdict.json", "history.json"
-_COMPARISON = "comparison"
 _KEYS = ("what", "target", "profile", "plan", "hardware", "limits", "sides")
 
 
@@ -45,7 +52,7 @@ class PerformanceSession:
 
 def is_session(directory: Path) -> bool:
     """Whether a comparison of performance lies there, rather than recordings of output."""
-    return (directory / _SESSION).is_file()
+    return (directory / SESSION).is_file()
 
 
 def about(directory: Path) -> tuple[str, str]:
@@ -61,7 +68,7 @@ def about(directory: Path) -> tuple[str, str]:
 def latest(home: Path, target: str, profile: str) -> Path | None:
     """The newest finished comparison of both engines; None where there is none."""
     for directory in sorted((home / "performance" / target / profile).glob("[0-9][0-9][0-9][0-9]"), reverse=True):
-        if (directory / _VERDICT).is_file() and _asked(directory)["what"] == _COMPARISON:
+        if (directory / VERDICT).is_file() and _asked(directory)["what"] == COMPARISON:
             return directory
     return None
 
@@ -82,7 +89,10 @@ def read(directory: Path, *, traffic: Path, goldens: Path) -> PerformanceSession
     both = [*starts["pair"], *starts["fresh"]]
     if not starts["pair"]:
         raise RecordingError(f"{str(directory)!r} has no complete pair of starts; go on with `parity bench`")
-    pairs = {kind: [_pair(found, profile) for found in of_kind] for kind, of_kind in starts.items()}
+    pairs = {
+        kind: [Pair.of(found[REFERENCE], found[CANDIDATE], profile.slo) for found in of_kind]
+        for kind, of_kind in starts.items()
+    }
     measured = Measured(
         profile=profile.name,
         pairs=pairs["pair"],
@@ -110,7 +120,7 @@ def read(directory: Path, *, traffic: Path, goldens: Path) -> PerformanceSession
 
 
 def _asked(directory: Path) -> dict[str, Any]:
-    path = directory / _SESSION
+    path = directory / SESSION
     try:
         asked: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return {name: asked[name] for name in _KEYS}
@@ -126,31 +136,8 @@ def _pairs(directory: Path, kind: str) -> list[dict[str, LoadRun]]:
     for path in sorted(directory.glob(f"{kind}-*-{REFERENCE}.jsonl")):
         other = path.with_name(path.name.replace(f"-{REFERENCE}.", f"-{CANDIDATE}."))
         if other.is_file():
-            found.append({REFERENCE: _run(path), CANDIDATE: _run(other)})
+            found.append({REFERENCE: read_start(path), CANDIDATE: read_start(other)})
     return found
-
-
-def _run(path: Path) -> LoadRun:
-    try:
-        return timings.from_json_lines(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordingError(f"{str(path)!r} cannot be read ({error})") from error
-    except RecordingError as error:
-        raise RecordingError(f"{str(path)!r}: {error}") from error
-
-
-def _pair(both: Mapping[str, LoadRun], profile: Profile) -> Pair:
-    ours, theirs = both[REFERENCE], both[CANDIDATE]
-    return Pair(
-        reference=metrics_of(ours, profile),
-        candidate=metrics_of(theirs, profile),
-        failed=(_failed(ours), _failed(theirs)),
-        requests=len(ours.requests),
-    )
-
-
-def _failed(run: LoadRun) -> int:
-    return sum(request.failure is not None for request in run.requests)
 
 
 def _histories(directory: Path, asked: Mapping[str, Any], goldens: Path) -> list[History]:
@@ -158,8 +145,8 @@ def _histories(directory: Path, asked: Mapping[str, Any], goldens: Path) -> list
     this = History(
         target=asked["target"], profile=asked["profile"], plan_sha256=asked["plan"], hardware=asked["hardware"]
     )
-    paths = (directory.parent / _HISTORY, bench.golden_file(goldens, asked["target"], asked["profile"]))
-    found = [bench.read_golden(path) for path in paths]
+    paths = (directory.parent / HISTORY, golden_file(goldens, asked["target"], asked["profile"]))
+    found = [read_history(path) for path in paths]
     return [history for history in found if history is not None and history.is_alike(this)]
 
 

@@ -259,7 +259,7 @@ def _header(spec: EngineSpec, workload: Workload, fingerprint: Fingerprint, resu
         spec=spec,
         workload=WorkloadRecord.of(workload),
         fingerprint=fingerprint,
-        created_at=_now(),
+        created_at=now(),
         resumed=resumed,
         key=key,
     )
@@ -275,7 +275,8 @@ def _label(spec: EngineSpec) -> str:
     return f"{spec.engine_label} {spec.dtype}"
 
 
-def _now() -> str:
+def now() -> str:
+    """The time of day in UTC, as recordings are dated."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 

@@ -76,6 +76,11 @@ class Recovery:
     confidence: float
     moved: Moved | None
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every task, then all of them together where there are several."""
+        return (*self.tasks, self.total) if len(self.tasks) > 1 else self.tasks
+
 
 def of(
     reference: Sequence[TaskRun], candidate: Sequence[TaskRun], *, tail: float, moved: Moved | None

@@ -31,6 +31,10 @@ _NVML = "NVML, as sampled while the run lasted"
 _OURS = "parity"
 
 
+LACKS = "import.lacks"
+"""A fact of a run: ids of samples, separated by spaces, that it looks to have and has not (see parity.load_imports)."""
+
+
 class Direction(str, Enum):
     """Which way is better. NEITHER: a fact that explains other numbers and is no merit by itself."""
 
@@ -172,8 +176,8 @@ DEFINITIONS: Mapping[str, Definition] = _by_id(
 def samples(run: LoadRun, of: str) -> Floats:
     """Every sample of the complete answers, float64 [N], in the order of the requests; `of`: an id of `SAMPLES`.
 
-    Empty where some complete answer does not say what the definition needs (its token count, say): a part of the
-    answers would be another quantity.
+    Empty where the run lacks them, or some complete answer does not say what the definition needs (its token count,
+    say): a part of the answers would be another quantity.
 
     Raises:
         EngineError: If no request was answered completely.
@@ -181,7 +185,7 @@ def samples(run: LoadRun, of: str) -> Floats:
     """
     if of not in SAMPLES:
         raise ValueError(f"no samples '{of}'; there are {', '.join(SAMPLES)}")
-    return _samples(_complete(run), of)
+    return _samples(run, _complete(run), of)
 
 
 def measure(run: LoadRun, slo: Slo | None = None) -> dict[str, float]:
@@ -214,7 +218,7 @@ def measure(run: LoadRun, slo: Slo | None = None) -> dict[str, float]:
         "gpu_sm_clock_mean_mhz": _mean_over_time(run, lambda sample: sample.gpu_sm_clock_mhz),
     }
     for definition in SAMPLES.values():
-        values = _samples(complete, definition.id)
+        values = _samples(run, complete, definition.id)
         numbers = [values.mean(), *np.percentile(values, (50, 95, 99))] if len(values) else [None] * len(_STATISTICS)
         found |= {_statistic(definition, short).id: n for short, n in zip(_STATISTICS, numbers, strict=True)}
     return {name: float(value) for name in DEFINITIONS if (value := found[name]) is not None}
@@ -246,7 +250,9 @@ def _measured(run: LoadRun) -> tuple[float, float]:
     return start, start + run.measured_s
 
 
-def _samples(complete: Sequence[RequestTiming], of: str) -> Floats:
+def _samples(run: LoadRun, complete: Sequence[RequestTiming], of: str) -> Floats:
+    if of in str(run.facts.get(LACKS, "")).split():
+        return np.zeros(0)
     found = [_FORMULAS[of](request) for request in complete]
     known = [values for values in found if values is not None]
     return np.concatenate(known) if len(known) == len(found) else np.zeros(0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import tomllib
 
+from parity import config
 from parity.errors import ConfigError
 from parity.service_metrics import DEFINITIONS
 from parity.traffic import (
@@ -58,7 +59,7 @@ def read_profile(path: Path) -> Profile:
     gated = table.strings("gated")
     for name in gated:
         if name not in DEFINITIONS:
-            raise ConfigError(_unknown("metric", name, list(DEFINITIONS), f"{path} 'gated'"))
+            raise ConfigError(config.unknown("metric", name, list(DEFINITIONS), f"{path} 'gated'"))
     with _placed(str(path)):
         return Profile(
             name=path.stem,
@@ -161,7 +162,7 @@ def _arrivals(table: _Table, folder: Path) -> Arrivals:
                 table.only("kind", "log")
                 return read_log(folder / table.string("log"))
             case _:
-                raise ConfigError(_unknown("kind", kind, kinds, table.where))
+                raise ConfigError(config.unknown("kind", kind, kinds, table.where))
 
 
 def _lengths(parent: _Table, key: str, arrivals: Arrivals) -> Lengths | None:
@@ -189,7 +190,7 @@ def _lengths(parent: _Table, key: str, arrivals: Arrivals) -> Lengths | None:
                 least, most = table.whole("least", ends[0]), table.whole("most", ends[1])
                 return Lengths(shape=Empirical(quantiles=quantiles), least=least, most=most)
             case _:
-                raise ConfigError(_unknown("kind", kind, kinds, table.where))
+                raise ConfigError(config.unknown("kind", kind, kinds, table.where))
 
 
 def _lines(profile: Profile) -> Iterator[str]:
@@ -235,7 +236,7 @@ class _Table:
     def only(self, *valid: str) -> None:
         for key in self.data:
             if key not in valid:
-                raise ConfigError(_unknown("key", key, valid, self.where))
+                raise ConfigError(config.unknown("key", key, valid, self.where))
 
     def table(self, key: str, default: Mapping[str, Any] | None = None) -> _Table:
         return _Table(data=self._value(key, default, dict, "a table"), where=f"{self.where} [{key}]")
@@ -293,9 +294,3 @@ def _lacking(key: str, found: Sequence[str], where: str) -> str:
     near = difflib.get_close_matches(key, found, n=1)
     hint = f"; did you mean it by {near[0]!r}?" if near else ""
     return f"{where} lacks the key {key!r}{hint}"
-
-
-def _unknown(what: str, found: str, valid: Sequence[str], where: str) -> str:
-    near = difflib.get_close_matches(found, valid, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(map(repr, valid))}"
-    return f"{where}: unknown {what} {found!r}; {hint}"

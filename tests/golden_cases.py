@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import accuracy_cases
 from lockstep_cases import ROUNDING, World
 from parity import golden, lmeval, store
+from parity.errors import ParityError, RecordingError
 from parity.evals import TaskRun
 from parity.golden import Acceptance, Shelf
 from parity.prompts import sha256_of_json
@@ -74,6 +78,32 @@ def shelf_in(directory: Path, *, elsewhere: str | None = None) -> Shelf:
         cache=directory / "home" / "goldens",
         aside=directory / "home" / "goldens" / "previous",
     )
+
+
+def two_runs(directory: Path, make: Callable[..., Acceptance]) -> Path:
+    """A directory with a shelf that holds a sound golden, and with two runs."""
+    shelf_in(directory).accept(make(directory / "run-1", seed=1))
+    make(directory / "run-2", seed=2)
+    return directory
+
+
+def shelf_copied(sound: Path, directory: Path) -> Shelf:
+    """A shelf of one's own, to be damaged."""
+    shutil.copytree(sound, directory)
+    return shelf_in(directory)
+
+
+def refused(
+    shelf: Shelf, sentence: str, kind: type[ParityError] = RecordingError, *, names: Path | None = None
+) -> None:
+    """Reading says this, in one line that names the golden or the recording, and changes nothing."""
+    before = contents(shelf.root.parent)
+    with pytest.raises(kind, match=sentence) as caught:
+        shelf.read(TARGET)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
+    assert str(names or shelf.folder(TARGET)) in str(caught.value)
+    assert contents(shelf.root.parent) == before
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
+
 import recordings
 from drills import inline
 from parity import config, golden, store
@@ -17,6 +19,14 @@ from parity.verdict import Outcome
 
 VERSION = "0.32.0"
 ACCEPTED_AT = "2026-11-24T12:00:00Z"
+
+
+def text_of(result: pytest.RunResult) -> str:
+    """What a run of pytest printed, without a traceback of ours."""
+    text = f"{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in text
+    assert "INTERNALERROR" not in text
+    return text
 
 
 def answers(count: int = 40, *, other: Sequence[int] = ()) -> list[Completion]:

@@ -23,22 +23,11 @@ from parity.errors import ConfigError, IncomparableError, RecordingError
 from parity.fingerprint import Scalar
 from parity.record import Places, Recorder
 from parity.timings import LoadRun
-from parity.traffic import Fixed, Lengths, Offline, Profile, Slo, plan
+from parity.traffic import plan
 from parity.verdict import Outcome
+from session_cases import PROFILE
 
 SPEC = EngineSpec(engine="toy", model="toy", dtype="float32", options={}, env={})
-LENGTHS = Lengths(shape=Fixed(tokens=4), least=1, most=8)
-PROFILE = Profile(
-    name="toy",
-    description="",
-    arrivals=Offline(),
-    prompt_tokens=LENGTHS,
-    output_tokens=LENGTHS,
-    requests=6,
-    warmup=1,
-    slo=Slo(),
-    gated=("tpot_p50_s",),
-)
 
 
 class Silent:
@@ -198,9 +187,9 @@ def test_accepted_days_survive_their_file_and_a_damaged_one_is_one_sentence(tmp_
         performance_history.self_run("2026-11-24", "new", found.with_itself(found.candidate, 2)[0].pairs)
     )
     path = bench.golden_file(tmp_path, "mine", "toy")
-    assert bench.read_golden(path) is None
+    assert bench.read_history(path) is None
     bench.accept(path, golden)
-    assert bench.read_golden(path) == golden
+    assert bench.read_history(path) == golden
     for text, sentence in (
         (path.read_text()[:-30], "is damaged"),
         (path.read_text().replace('"schema": 1', '"schema": 2'), "has schema 2, this parity reads 1"),
@@ -208,7 +197,7 @@ def test_accepted_days_survive_their_file_and_a_damaged_one_is_one_sentence(tmp_
     ):
         path.write_text(text)
         with pytest.raises(RecordingError, match=sentence):
-            bench.read_golden(path)
+            bench.read_history(path)
         bench.accept(path, golden)
 
 

@@ -173,7 +173,7 @@ def test_a_start_in_which_every_request_failed_is_an_error_and_no_number() -> No
 
 
 def test_samples_that_a_run_only_looks_to_have_are_left_out() -> None:
-    lacking = replace(load_run(), facts={exports.LACKS: "itl_s icl_s"})
-    found = set(exports.metrics_of(lacking, PROFILE))
+    lacking = replace(load_run(), facts={service_metrics.LACKS: "itl_s icl_s"})
+    found = set(service_metrics.measure(lacking, PROFILE.slo))
     assert not {name for name in found if name.startswith(("itl_", "icl_"))}
     assert {"ttft_p50_s", "tpot_p50_s"} <= found

@@ -15,7 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from golden_cases import TARGET, acceptance, contents, document_of, edit, forge, shelf_in
+from golden_cases import (
+    TARGET,
+    acceptance,
+    contents,
+    document_of,
+    edit,
+    forge,
+    refused,
+    shelf_copied,
+    shelf_in,
+    two_runs,
+)
 from parity import golden, store
 from parity.errors import GoldenMissingError, ParityError, RecordingError
 from parity.golden import Shelf
@@ -27,17 +38,13 @@ SHA = r"[0-9a-f]{12}"
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shelf with a sound golden, and two runs."""
-    directory = tmp_path_factory.mktemp("sound")
-    shelf_in(directory).accept(acceptance(directory / "run-1", seed=1))
-    acceptance(directory / "run-2", seed=2)
-    return directory
+    return two_runs(tmp_path_factory.mktemp("sound"), acceptance)
 
 
 @pytest.fixture
 def shelf(sound: Path, tmp_path: Path) -> Shelf:
     """One of its own, to be damaged."""
-    shutil.copytree(sound, tmp_path / "shelf")
-    return shelf_in(tmp_path / "shelf")
+    return shelf_copied(sound, tmp_path / "shelf")
 
 
 @pytest.fixture
@@ -47,17 +54,6 @@ def folder(shelf: Shelf) -> Path:
 
 def directory_of(folder: Path, role: str = "reference") -> Path:
     return folder / str(document_of(folder)["recordings"][role]["directory"])
-
-
-def refused(shelf: Shelf, sentence: str, kind: type[ParityError] = RecordingError) -> None:
-    """Reading says this, in one line that names the golden or the recording, and changes nothing."""
-    before = contents(shelf.root.parent)
-    with pytest.raises(kind, match=sentence) as caught:
-        shelf.read(TARGET)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1500
-    assert str(shelf.folder(TARGET)) in str(caught.value)
-    assert contents(shelf.root.parent) == before
 
 
 # golden.json -------------------------------------------------------------------------------------------------------

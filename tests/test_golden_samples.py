@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+import golden_cases
 from accuracy_cases import edited, run, with_text
 from drills import Suite, counting_engine, starts
-from golden_cases import TARGET, acceptance, contents, document_of, edit, scored, shelf_in
+from golden_cases import TARGET, acceptance, contents, document_of, edit, scored, shelf_copied, shelf_in, two_runs
 from lmeval_cases import CHOICE, write_model, write_task
 from parity import accuracy, cli, collect, config, evals, golden, judge, lmeval, store
 from parity.errors import ConfigError, GoldenMissingError, IncomparableError, ParityError, RecordingError
@@ -176,28 +177,18 @@ def test_samples_that_no_golden_names_are_listed_and_moved_aside(shelf: Shelf) -
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shelf with a sound golden, and two runs."""
-    directory = tmp_path_factory.mktemp("sound")
-    shelf_in(directory).accept(scored(directory / "run-1", seed=1))
-    scored(directory / "run-2", seed=2)
-    return directory
+    return two_runs(tmp_path_factory.mktemp("sound"), scored)
 
 
 @pytest.fixture
 def damaged(sound: Path, tmp_path: Path) -> Shelf:
     """One of its own, to be damaged."""
-    shutil.copytree(sound, tmp_path / "shelf")
-    return shelf_in(tmp_path / "shelf")
+    return shelf_copied(sound, tmp_path / "shelf")
 
 
 def refused(shelf: Shelf, sentence: str, kind: type[ParityError] = RecordingError) -> None:
-    """Reading says this, in one line that names the golden, and changes nothing."""
-    before = contents(shelf.root.parent)
-    with pytest.raises(kind, match=sentence) as caught:
-        shelf.read(TARGET)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1500
-    assert str(shelf.folder(TARGET) / golden.FILE) in str(caught.value)
-    assert contents(shelf.root.parent) == before
+    """And the line names the golden's own file."""
+    golden_cases.refused(shelf, sentence, kind, names=shelf.folder(TARGET) / golden.FILE)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_guidellms_own_latencies_come_out_of_its_moments() -> None:
 
 
 def test_guidellm_keeps_two_moments_of_an_answer_so_that_gaps_between_chunks_are_no_metric_of_it() -> None:
-    found = exports.metrics_of(read(GUIDELLM), PROFILE)
+    found = service_metrics.measure(read(GUIDELLM), PROFILE.slo)
     assert not [name for name in found if name.startswith(("itl_", "icl_"))]
     assert {"ttft_p95_s", "tpot_p95_s", "e2e_p95_s"} <= set(found)
 

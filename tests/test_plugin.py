@@ -14,6 +14,7 @@ import recordings
 from drills import Suite, counting_engine, starts
 from parity import display, judge, store  # imported once, out here: numpy loads once in a process
 from parity.recording import Completion
+from stored import text_of
 
 __all__ = ["display", "judge"]
 
@@ -86,13 +87,6 @@ def failing(suite: Suite) -> str:
 def inconclusive(suite: Suite) -> str:
     """Five prompts are too few for the greedy check, and enough for the check of inputs."""
     return save_run(suite.root / "stored", answers(5), answers(5))
-
-
-def text_of(result: pytest.RunResult) -> str:
-    text = f"{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in text
-    assert "INTERNALERROR" not in text
-    return text
 
 
 # Engines -----------------------------------------------------------------------------------------------------------

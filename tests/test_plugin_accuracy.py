@@ -11,7 +11,7 @@ import pytest
 
 from accuracy_cases import right, run, scores
 from parity import display, judge, lmeval  # imported once, out here: numpy loads once in a process
-from stored import Project
+from stored import Project, text_of
 
 __all__ = ["display", "judge"]
 
@@ -51,13 +51,6 @@ def scored(run_directory: Path, lost: Sequence[int] = (), *, n: int = 600) -> li
 
 def judged_run(project: Project, lost: Sequence[int] = (), *, n: int = 600) -> Path:
     return project.run(scored=False, more={"scored": scored(project.runs / "cpu", lost, n=n)})
-
-
-def text_of(result: pytest.RunResult) -> str:
-    text = f"{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in text
-    assert "INTERNALERROR" not in text
-    return text
 
 
 def test_a_run_that_keeps_its_accuracy_passes_with_the_table(project: Project, pytester: pytest.Pytester) -> None:

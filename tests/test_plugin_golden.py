@@ -12,7 +12,7 @@ import pytest
 
 from drills import Suite
 from parity import cli, display, judge  # imported once, out here: numpy loads once in a process
-from stored import Project, answers
+from stored import Project, answers, text_of
 
 __all__ = ["display", "judge"]
 
@@ -55,13 +55,6 @@ def held(project: Project, *, other: range = range(0)) -> Path:
         more={"accepted": True},
     )
     return found
-
-
-def text_of(result: pytest.RunResult) -> str:
-    text = f"{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in text
-    assert "INTERNALERROR" not in text
-    return text
 
 
 def test_a_candidate_like_its_golden_passes(project: Project, pytester: pytest.Pytester) -> None:

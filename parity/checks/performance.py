@@ -18,15 +18,18 @@ import numpy as np
 
 from parity import regression
 from parity.errors import ConfigError
-from parity.losses import Floats, Rule, Spread, as_share, estimate, losses, not_gated
+from parity.losses import TAIL_MARGIN, Floats, Rule, Spread, as_share, estimate, losses, not_gated
 from parity.regression import Decision, Step
-from parity.service_metrics import DEFINITIONS, Definition, Direction
+from parity.service_metrics import DEFINITIONS, Definition, Direction, measure
 from parity.stats import binomial_tail, student_t_quantile
+from parity.timings import LoadRun
+from parity.traffic import Slo
 from parity.verdict import Finding, Outcome, Verdict, worst
 
 Metrics: TypeAlias = "Mapping[str, float]"
 """Of one start of an engine, by id; see `parity.service_metrics`."""
 
+_USUAL = Rule(direction=Direction.LOWER)
 _FAILED = 0.001
 _SHOWN = 0.9
 
@@ -42,17 +45,17 @@ class Limits:
     least, most, unknown: pairs at the first and the last look, and where no history says how much pairs spread.
     """
 
-    margin: float = 0.05
+    margin: float = _USUAL.margin
     ttft_margin: float = 0.10
-    tail_margin: float = 0.20
-    tolerated: float = 0.0
-    alpha_fail: float = 0.01
-    confirming: float = 0.05
-    alpha_pass: float = 0.05
-    power: float = 0.9
-    least: int = 2
-    most: int = 20
-    unknown: int = 12
+    tail_margin: float = TAIL_MARGIN
+    tolerated: float = _USUAL.tolerated
+    alpha_fail: float = _USUAL.alpha_fail
+    confirming: float = _USUAL.confirming
+    alpha_pass: float = _USUAL.alpha_pass
+    power: float = _USUAL.power
+    least: int = _USUAL.least
+    most: int = _USUAL.most
+    unknown: int = _USUAL.unknown
 
     def rule(self, metric: Definition, gated: int) -> Rule:
         """The rule for one of `gated` metrics.
@@ -92,6 +95,20 @@ class Pair:
     failed: tuple[int, int]
     requests: int
 
+    @classmethod
+    def of(cls, reference: LoadRun, candidate: LoadRun, slo: Slo) -> Pair:
+        """Measure two neighbouring starts.
+
+        Raises:
+            EngineError: If no request of one of them was answered completely.
+        """
+        return cls(
+            reference=measure(reference, slo),
+            candidate=measure(candidate, slo),
+            failed=(_failed(reference), _failed(candidate)),
+            requests=len(reference.requests),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
@@ -129,8 +146,8 @@ def decisions(measured: Measured, limits: Limits) -> dict[str, Decision]:
             raise ConfigError(f"profile {measured.profile!r} cannot gate on it: {reason}")
         found[name] = regression.withheld(
             regression.decide(
-                _losses(measured.pairs, metric),
-                _losses(measured.fresh, metric),
+                losses_of(measured.pairs, metric),
+                losses_of(measured.fresh, metric),
                 spread=measured.spreads.get(name),
                 rule=limits.rule(metric, len(measured.gated)),
             ),
@@ -193,7 +210,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
         ours, theirs = (_mean(side) for side in sides)
         loss = interval = None
         if metric.direction is not Direction.NEITHER and min(map(min, sides)) > 0.0:
-            x = _losses(pairs, metric)
+            x = losses_of(pairs, metric)
             loss = as_share(float(x.mean()), metric.direction)
             if len(x) > 1:
                 mean, error = estimate(x)
@@ -209,7 +226,16 @@ def _mean(values: Sequence[float]) -> float:
     return math.exp(float(np.log(values).mean()))
 
 
-def _losses(pairs: Sequence[Pair], metric: Definition) -> Floats:
+def _failed(run: LoadRun) -> int:
+    return sum(request.failure is not None for request in run.requests)
+
+
+def losses_of(pairs: Sequence[Pair], metric: Definition) -> Floats:
+    """The losses of pairs in one metric, float64 [P].
+
+    Raises:
+        ConfigError: If a start has no value of it, or one that has no loss.
+    """
     try:
         return losses(
             [p.reference[metric.id] for p in pairs], [p.candidate[metric.id] for p in pairs], metric.direction

@@ -120,7 +120,7 @@ def _run_at(path: Path) -> Path | None:
 
 
 def _acceptance(options: argparse.Namespace, evidence: Evidence, directory: Path, name: str) -> Acceptance:
-    from parity import judge, noise  # noqa: PLC0415
+    from parity import judge, noise, record  # noqa: PLC0415
     from parity.golden import Acceptance  # noqa: PLC0415
 
     found = judge.conclude(evidence)
@@ -139,7 +139,7 @@ def _acceptance(options: argparse.Namespace, evidence: Evidence, directory: Path
         outcomes={v.check: v.outcome for v in found.verdicts},
         by=options.by or who(),
         reason=options.reason,
-        at=_now(),
+        at=record.now(),
     )
 
 
@@ -216,12 +216,6 @@ def who() -> str:
         raise ConfigError(
             "nobody knows who accepts: git has no user.name, and this user no name; say --by WHO"
         ) from None
-
-
-def _now() -> str:
-    from datetime import UTC, datetime  # noqa: PLC0415
-
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -105,8 +105,10 @@ def _speeds(reference: Path, candidate: Path | None) -> Speeds:
 
 def _starts(path: Path, side: str, *, either: bool) -> dict[str, LoadRun]:
     """The starts of one side, by name; with `either`, of a directory that has the other side only, of that."""
+    from parity.bench import read_start  # noqa: PLC0415
+
     if not path.is_dir():
-        return {path.stem: _read(path)}
+        return {path.stem: read_start(path)}
     sides: dict[str, dict[str, Path]] = {"reference": {}, "candidate": {}}
     for file in sorted(path.glob("*.jsonl")):
         name, _, whose = file.stem.rpartition("-")
@@ -117,18 +119,7 @@ def _starts(path: Path, side: str, *, either: bool) -> dict[str, LoadRun]:
         raise RecordingError(
             f"{str(path)!r} holds no start of an engine, such as pair-01-{side}.jsonl of `parity bench`"
         )
-    return {name: _read(file) for name, file in found.items()}
-
-
-def _read(path: Path) -> LoadRun:
-    from parity import timings  # noqa: PLC0415
-
-    try:
-        return timings.from_json_lines(path.read_text("utf-8"))
-    except OSError as error:
-        raise RecordingError(f"{str(path)!r} cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, RecordingError) as error:
-        raise RecordingError(f"{str(path)!r}: {error}") from error
+    return {name: read_start(file) for name, file in found.items()}
 
 
 # What it costs --------------------------------------------------------------------------------------------------------

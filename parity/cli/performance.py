@@ -74,10 +74,10 @@ def _bench(options: argparse.Namespace) -> int:
         for bench in _benches(options, display):
             limits = bench.limits
             if options.pairs is not None:
-                most = _pairs(options.pairs, least=3)
+                most = _enough("--pairs", options.pairs, least=3)
                 limits = replace(limits, most=most, unknown=min(limits.unknown, most))
             path = benches.golden_file(shelf_of(options).root, bench.target, bench.profile.name)
-            measured, verdict = replace(bench, limits=limits).compare(benches.read_golden(path))
+            measured, verdict = replace(bench, limits=limits).compare(benches.read_history(path))
             outcomes.append(verdict.outcome)
             say(terminal.render(verdict))
             say("")
@@ -88,14 +88,14 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _against_golden(options: argparse.Namespace) -> int:
     from parity import bench as benches  # noqa: PLC0415
-    from parity import performance_history  # noqa: PLC0415
+    from parity import performance_history, record  # noqa: PLC0415
     from parity.display import Display  # noqa: PLC0415
 
-    count, outcomes = _pairs(options.starts, least=1), []
+    count, outcomes = _enough("--starts", options.starts, least=1), []
     with Display() as display:
         for bench in _benches(options, display):
             path = benches.golden_file(shelf_of(options).root, bench.target, bench.profile.name)
-            golden = benches.read_golden(path)
+            golden = benches.read_history(path)
             if golden is None and not options.accept:
                 raise ConfigError(
                     f"target {bench.target!r} has no accepted days under {bench.profile.name!r}: {str(path)!r} does "
@@ -117,7 +117,7 @@ def _against_golden(options: argparse.Namespace) -> int:
                         "nothing is accepted from a day that raises suspicion; ask `parity bench` for pairs"
                     )
                 day = performance_history.day(
-                    benches.now(), bench.candidate.label, by=who(), reason=options.reason, starts=starts
+                    record.now(), bench.candidate.label, by=who(), reason=options.reason, starts=starts
                 )
                 benches.accept(path, (golden or replace(bench.history, self_runs=())).with_day(day))
                 say(f"accepted: day {len(golden.days) + 1 if golden else 1} of {bench.profile.name}; commit {path}")
@@ -130,7 +130,7 @@ def _aa(options: argparse.Namespace) -> int:
     from parity.display import Display  # noqa: PLC0415
     from parity.reports import terminal  # noqa: PLC0415
 
-    pairs, outcomes = _pairs(options.pairs, least=2), []
+    pairs, outcomes = _enough("--pairs", options.pairs, least=2), []
     with Display() as display:
         for bench in _benches(options, display):
             side = bench.candidate if options.side == "candidate" else bench.reference
@@ -190,7 +190,7 @@ def _benches(options: argparse.Namespace, display: Display) -> list[Bench]:
     return [Bench.of(target, asked, name, limits, recorder, options.home) for name in names]
 
 
-def _pairs(count: int, *, least: int) -> int:
+def _enough(option: str, count: int, *, least: int) -> int:
     if count < least:
-        raise ConfigError(f"at least {least} are needed, not {count}")
+        raise ConfigError(f"{option}: at least {least} are needed, not {count}")
     return count

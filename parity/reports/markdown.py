@@ -89,11 +89,10 @@ def _heads(summary: Summary) -> Iterator[str]:
         yield _table(("outcome", "check", "result"), [(v.outcome.value, v.check, v.headline) for v in summary.verdicts])
     if (recovery := summary.recovery) is not None:
         yield "**Accuracy kept:**\n\n"
-        rows = [*recovery.tasks, *([recovery.total] if len(recovery.tasks) > 1 else [])]
         yield _table(
             ("task", "documents", "reference", "candidate", "recovery", f"{recovery.confidence:.0%} interval", "lost",
              "won"),
-            [_kept(row) for row in rows],
+            [_kept(row) for row in recovery.rows],
         )  # fmt: skip
         if (moved := recovery.moved) is not None:
             yield f"{_inline(moved.sentence)}\n\n"

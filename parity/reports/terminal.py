@@ -67,15 +67,14 @@ def diagnosis(found: Diagnosis) -> str:
 
 def recovery(found: Recovery) -> str:
     """The table of what is kept, a line a task, then all together, then how far the distributions moved."""
-    rows = [*found.tasks, *([found.total] if len(found.tasks) > 1 else [])]
-    names = [visible(row.name) for row in rows]
+    names = [visible(row.name) for row in found.rows]
     width = max(len("task"), *map(len, names))
     interval = f"{found.confidence:.0%} interval"
     lines = [
         f"{'task':<{width}}  {'documents':>9}  {'reference':>9}  {'candidate':>9}  {'recovery':>9}  {interval:>18}  "
         f"{'lost':>4}  {'won':>4}"
     ]
-    for name, row in zip(names, rows, strict=True):
+    for name, row in zip(names, found.rows, strict=True):
         kept = "-" if row.recovery is None else f"{row.recovery:.2%}"
         between = "-" if row.interval is None else f"{row.interval[0]:.1%} to {row.interval[1]:.1%}"
         lines.append(
